@@ -1,0 +1,94 @@
+"""The forward process: which target tokens are replaced by the mask token, and the NELBO weight of each row.
+
+- `bernoulli`: each target token is masked independently with probability `p = 1 - alpha(t)`; weight
+  `-alpha'(t) / (1 - alpha(t))`. LLaDA (arXiv 2502.09992, eq. 3), MDLM (arXiv 2406.07524, eq. 10).
+- `exact_count`: a number of tokens `l` in 1..A is drawn and exactly `l` tokens are masked, chosen uniformly. For
+  the linear schedule `l` is uniform and the weight is `A / l` (LLaDA, eq. 6). For any schedule,
+  `l = floor(p(t) A) + 1` has probability `q(l) = t(l / A) - t((l - 1) / A)` with `t(p)` the inverse of `p(t)`, and
+  the weight is `1 / (l q(l))`. Never an empty mask, no cut-off at small `t`, and a much lighter tail than `1 / p`.
+
+Both have the same expectation, the continuous-time NELBO.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm_tune.diffusion.schedules import NoiseSchedule
+
+MASKINGS = ("exact_count", "bernoulli")
+
+
+@dataclass
+class NoisyBatch:
+    """Rows after the forward process.
+
+    Attributes:
+        noisy_input_ids: (B, L) int64, `input_ids` with the masked positions replaced by the mask token.
+        masked: (B, L) bool, the masked positions. Tracked apart from the ids: the mask token may occur in the data.
+        weights: (B,) float64, NELBO weight of every masked token of the row; 0 for a row without targets.
+        timesteps: (B,) float64, the `t` that was used.
+    """
+
+    noisy_input_ids: Tensor
+    masked: Tensor
+    weights: Tensor
+    timesteps: Tensor
+
+
+def corrupt(
+    input_ids: Tensor,
+    target_mask: Tensor,
+    timesteps: Tensor,
+    uniforms: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    masking: str,
+    mask_token_id: int,
+    noise_epsilon: float = 1e-3,
+) -> NoisyBatch:
+    """Mask target tokens; all other tokens stay as they are.
+
+    Args:
+        input_ids: (B, L) int64 clean tokens.
+        target_mask: (B, L) bool, tokens that may be masked and are scored.
+        timesteps: (B,) float64 in [0, 1), uniform.
+        uniforms: (B, L) float64 in [0, 1), independent; at a fixed row the masked set grows with `t`.
+        schedule: one of `NOISE_SCHEDULES`.
+        masking: `exact_count` or `bernoulli`.
+        mask_token_id: id of the mask token.
+        noise_epsilon: `bernoulli` only: `t` is moved to `[noise_epsilon, 1)` (LLaDA's `eps`); the second moment of
+            the weight diverges as `log(1 / noise_epsilon)` and the bias is of order `noise_epsilon`.
+
+    Raises:
+        ValueError: unknown `masking`.
+    """
+    num_targets = target_mask.sum(dim=1)
+    if masking == "bernoulli":
+        timesteps = noise_epsilon + (1 - noise_epsilon) * timesteps
+        masked = (uniforms < (1 - schedule.alpha(timesteps))[:, None]) & target_mask
+        weights = schedule.weight(timesteps)
+    elif masking == "exact_count":
+        masked, weights = _mask_exact_count(target_mask, num_targets, timesteps, uniforms, schedule)
+    else:
+        raise ValueError(f"masking='{masking}' is unknown: choose 'exact_count' or 'bernoulli'")
+    return NoisyBatch(
+        noisy_input_ids=input_ids.masked_fill(masked, mask_token_id),
+        masked=masked,
+        weights=weights.where(num_targets > 0, 0.0),
+        timesteps=timesteps,
+    )
+
+
+def _mask_exact_count(
+    target_mask: Tensor, num_targets: Tensor, timesteps: Tensor, uniforms: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor]:
+    total = num_targets.clamp(min=1).to(torch.float64)
+    count = ((1 - schedule.alpha(timesteps)) * total).floor() + 1
+    count = torch.minimum(count, total)
+    probability = schedule.inverse_alpha(1 - count / total) - schedule.inverse_alpha(1 - (count - 1) / total)
+    # the l targets with the smallest uniforms; a tie has probability 2**-53
+    candidates = uniforms.masked_fill(~target_mask, torch.inf)
+    threshold = candidates.sort(dim=1).values.gather(1, (count.long() - 1)[:, None])
+    return (candidates <= threshold) & target_mask, 1 / (count * probability)
