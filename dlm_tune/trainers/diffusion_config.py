@@ -1,0 +1,168 @@
+"""Configuration of `DiffusionTrainer`."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from trl import SFTConfig
+
+from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NORMALIZATIONS, TIMESTEP_SAMPLERS
+
+EOS_POLICIES = ("one", "pad_to_block", "pad_to_max", "none")
+INVALID_ROWS = ("error", "drop")
+OVERLONG_ROWS = ("error", "drop", "truncate", "split")
+DEFAULT_NOISE_EPSILON = 1e-3
+
+# Arguments of SFTConfig and TrainingArguments that cannot be honoured here, each with the reason and the way out.
+# They are errors as soon as they differ from their default.
+_REFUSED = {
+    "label_smoothing_factor": "the loss is a likelihood bound; smoothed labels would no longer bound anything",
+    "loss_type": "the loss is the masked-diffusion NELBO; choose it with `noise_schedule` and `loss_normalization`",
+    "packing": "packed rows are not supported yet; use `group_by_length`-style sampling "
+    "(`train_sampling_strategy: group_by_length`) to reduce padding",
+    "eval_packing": "packed rows are not supported yet",
+    "padding_free": "a bidirectional model needs an explicit mask between rows; leave it false",
+    "truncation_mode": "rows are never cut silently; choose with `overlong_rows`",
+    "average_tokens_across_devices": "the denominator is always counted over all processes; leave it true",
+    "router_aux_loss_coef": "only the diffusion loss is computed; no model family here has a router loss",
+    "use_liger_kernel": "liger replaces the model's forward, which scores masked positions only; use "
+    "`model_init_kwargs: {use_kernels: true}`",
+    "include_for_metrics": "evaluation computes likelihood bounds and no predictions",
+    "batch_eval_metrics": "evaluation computes likelihood bounds and no predictions",
+    "eval_accumulation_steps": "evaluation keeps a few numbers per row and no predictions",
+    "eval_do_concat_batches": "evaluation keeps a few numbers per row and no predictions",
+    "auto_find_batch_size": "the noise of a step is laid out over the global batch, which must not change in a run",
+    "trust_remote_code": "checkpoints are loaded by the native classes; remote code is never executed",
+}
+
+
+@dataclass
+class DiffusionConfig(SFTConfig):
+    """Arguments of `DiffusionTrainer`: those of `trl.SFTConfig`, and the fields below.
+
+    Attributes:
+        noise_schedule: `alpha(t)`, a name in `NOISE_SCHEDULES`.
+        noise_epsilon: smallest `t` with `masking: bernoulli` (LLaDA's `eps`, default 1e-3).
+        timestep_sampling: `stratified` over the global batch (lower variance, unbiased) or `uniform`.
+        masking: `exact_count` (LLaDA eq. 6: lowest variance) or `bernoulli` (LLaDA's training recipe).
+        loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
+            nats per target token, LLaDA SFT). Exact under accumulation and over processes.
+        eos_policy: `one` EOS after an answer, `pad_to_block` or `pad_to_max` with learned EOS, or `none`.
+        block_length: with `eos_policy: pad_to_block`, answers are filled with EOS to a multiple of it.
+        eval_noise_samples: corruptions per evaluation row, the same ones at every evaluation.
+        noise_seed: key of all training and evaluation noise.
+        invalid_rows: `error`, or `drop` rows without targets, with mask tokens, or with a prompt that fills
+            `max_length`.
+        overlong_rows: `error`, `drop`, `truncate` the answer's end, or `split` plain text into windows.
+
+    Defaults that differ from `SFTConfig`: `assistant_only_loss` is chosen by the data (true for `messages`),
+    `logging_nan_inf_filter` is false since a loss that is not finite stops the run.
+
+    Raises:
+        ValueError: all faults at once, each with field, value, reason and remedy.
+    """
+
+    noise_schedule: str = field(
+        default="linear", metadata={"help": "Noise schedule alpha(t).", "choices": list(NOISE_SCHEDULES)}
+    )
+    noise_epsilon: float | None = field(
+        default=None, metadata={"help": "Smallest timestep, with `masking: bernoulli` only (default 1e-3)."}
+    )
+    timestep_sampling: str = field(
+        default="stratified",
+        metadata={"help": "How the timesteps of a global batch are drawn.", "choices": list(TIMESTEP_SAMPLERS)},
+    )
+    masking: str = field(
+        default="exact_count",
+        metadata={"help": "Mask a drawn number of targets, or each independently.", "choices": list(MASKINGS)},
+    )
+    loss_normalization: str = field(
+        default="tokens",
+        metadata={"help": "Nats per target token, over tokens or over rows.", "choices": list(NORMALIZATIONS)},
+    )
+    eos_policy: str = field(
+        default="one", metadata={"help": "Learned EOS at the end of answers.", "choices": list(EOS_POLICIES)}
+    )
+    block_length: int | None = field(
+        default=None,
+        metadata={"help": "Answer length is filled to a multiple of it, with `eos_policy: pad_to_block`."},
+    )
+    eval_noise_samples: int = field(
+        default=8, metadata={"help": "Corruptions per evaluation row, fixed by noise_seed."}
+    )
+    noise_seed: int = field(default=0, metadata={"help": "Key of all training and evaluation noise."})
+    invalid_rows: str = field(
+        default="error",
+        metadata={"help": "What to do with rows that cannot be trained on.", "choices": list(INVALID_ROWS)},
+    )
+    overlong_rows: str = field(
+        default="error",
+        metadata={"help": "What to do with rows longer than max_length.", "choices": list(OVERLONG_ROWS)},
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Only assistant turns are targets; by default true for `messages` data and false otherwise."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay false: a loss that is not finite stops the run."}
+    )
+
+    def __post_init__(self) -> None:
+        faults = self._refused_arguments() + self._invalid_choices() + self._ineffective_arguments()
+        if faults:
+            plural = "s" if len(faults) > 1 else ""
+            raise ValueError(f"{len(faults)} problem{plural} in DiffusionConfig:\n  " + "\n  ".join(faults))
+        super().__post_init__()
+        if self.masking == "bernoulli" and self.noise_epsilon is None:
+            self.noise_epsilon = DEFAULT_NOISE_EPSILON
+
+    def _refused_arguments(self) -> list[str]:
+        faults = []
+        for definition in fields(self):
+            reason = _REFUSED.get(definition.name)
+            value = getattr(self, definition.name)
+            if reason and value != _default(definition):
+                faults.append(f"{definition.name}={value!r} cannot be honoured: {reason}.")
+        if self.logging_nan_inf_filter:
+            faults.append(
+                "logging_nan_inf_filter=True cannot be honoured: a loss that is not finite stops the run. Remove it."
+            )
+        return faults
+
+    def _invalid_choices(self) -> list[str]:
+        faults = []
+        for definition in fields(DiffusionConfig):
+            choices = definition.metadata.get("choices")
+            value = getattr(self, definition.name)
+            if definition.name in DiffusionConfig.__annotations__ and choices and value not in choices:
+                faults.append(f"{definition.name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+        if self.noise_epsilon is not None and not 0 < self.noise_epsilon < 1:
+            faults.append(f"noise_epsilon={self.noise_epsilon} must lie between 0 and 1; LLaDA uses 1e-3.")
+        if self.block_length is not None and self.block_length < 1:
+            faults.append(f"block_length={self.block_length} must be at least 1; LLaDA and dLLM use 32.")
+        if self.eval_noise_samples < 1:
+            faults.append(f"eval_noise_samples={self.eval_noise_samples} must be at least 1; the default is 8.")
+        return faults
+
+    def _ineffective_arguments(self) -> list[str]:
+        faults = []
+        if self.noise_epsilon is not None and self.masking != "bernoulli":
+            faults.append(
+                f"noise_epsilon={self.noise_epsilon} has no effect with masking='{self.masking}', which never draws "
+                "an empty mask. Remove it or set masking='bernoulli'."
+            )
+        if self.block_length is not None and self.eos_policy != "pad_to_block":
+            faults.append(
+                f"block_length={self.block_length} has no effect with eos_policy='{self.eos_policy}'. Remove it or "
+                "set eos_policy='pad_to_block'."
+            )
+        if self.eos_policy == "pad_to_block" and self.block_length is None:
+            faults.append("eos_policy='pad_to_block' needs block_length, for example block_length=32.")
+        if self.overlong_rows != "error" and self.max_length is None:
+            faults.append(f"overlong_rows='{self.overlong_rows}' has no effect with max_length=None. Set max_length.")
+        return faults
+
+
+def _default(definition: Any) -> Any:
+    return definition.default_factory() if definition.default is MISSING else definition.default

@@ -1,0 +1,327 @@
+"""The trainer of masked-diffusion language models: pretraining and prompt-preserving fine-tuning.
+
+What is trained on is decided by the data: rows of plain text have every token as a target, prompt-completion rows and
+conversations only their answers. Prompts are never masked.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+from trl.data_utils import is_conversational, is_conversational_from_value
+
+from dlm_tune.data import DiffusionCollator, check_rows
+from dlm_tune.diffusion import (
+    NOISE_SCHEDULES,
+    TIMESTEP_SAMPLERS,
+    NoiseStream,
+    NoisyBatch,
+    corrupt,
+    count_items,
+    counter_uniform,
+    loss_weights,
+    noise_bank,
+)
+from dlm_tune.models import DiffusionMixin, end_of_turn_token_ids, load_model, load_tokenizer
+from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionConfig
+from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
+
+
+class DiffusionTrainer(SFTTrainer):
+    """Trains a masked-diffusion language model on text, prompt-completion rows or conversations.
+
+    Data preparation, adapters, checkpoints and parallelism are those of `trl.SFTTrainer`. New here: the noise of an
+    optimiser step is made where all its microbatches are visible, the denominator is counted over all processes, the
+    LM head runs at masked positions only, and evaluation uses a fixed bank of noise.
+
+    Args:
+        model: a model of `load_model` (or one wrapped by peft), or a path or Hub name that is loaded with it.
+        args: a `DiffusionConfig`.
+        train_dataset: rows in one of TRL's formats.
+        eval_dataset: rows in one of TRL's formats, or a dict of such data sets.
+        processing_class: the tokenizer; by default the one beside the model.
+        peft_config: trains an adapter.
+        callbacks: additional callbacks.
+        kwargs: further arguments of `SFTTrainer`.
+
+    Raises:
+        TypeError: the model is not one of `load_model`, or the data set is streamed.
+        ValueError: rows or arguments that cannot be trained on; each message says what to change.
+    """
+
+    _tag_names = ["trl", "dlm-tune", "diffusion-language-model"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DiffusionConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(train_dataset, Dataset):
+            raise TypeError(
+                f"train_dataset is a {type(train_dataset).__name__}; noise is keyed by the row's index, so a "
+                "map-style `datasets.Dataset` is needed. Load it without streaming."
+            )
+        if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
+            raise ValueError(
+                "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
+                "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
+            )
+        if isinstance(model, str):
+            quantization = kwargs.pop("quantization_config", None)
+            model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base_model, DiffusionMixin):
+            raise TypeError(
+                f"model is a {type(base_model).__name__}, which cannot score masked positions. Load it with "
+                "dlm_tune.load_model(path), which also turns Llama- and Qwen-style decoders into diffusion models."
+            )
+        if processing_class is None:
+            processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
+        if args.assistant_only_loss is None:
+            first_row = next(iter(train_dataset))
+            conversation = is_conversational(first_row) or is_conversational_from_value(first_row)
+            args.assistant_only_loss = conversation and "prompt" not in first_row
+        self.mask_token_id: int = base_model.config.mask_token_id
+        self.logits_shift: bool = base_model.config.logits_shift
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or self._make_collator(processing_class, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._evaluation_metrics,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        # TRL patches `forward` on the instance with its causal head; ours is the class's forward
+        base_model.__dict__.pop("forward", None)
+        self.loss_is_scaled_for_ga = True
+        self._training_sums = torch.zeros(NUM_COLUMNS, dtype=torch.float64, device=args.device)
+        self._num_tokens: Tensor | None = None
+
+    @staticmethod
+    def _make_collator(tokenizer: PreTrainedTokenizerBase, args: DiffusionConfig) -> DiffusionCollator:
+        return DiffusionCollator(
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            eos_policy=args.eos_policy,
+            block_length=args.block_length,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            end_of_turn_token_ids=end_of_turn_token_ids(tokenizer),
+        )
+
+    # Data
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset:
+        """TRL's tokenisation without its silent truncation, then the checks of `dlm_tune.data.check_rows`."""
+        if "row_index" in dataset.column_names:
+            return dataset
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        return check_rows(
+            dataset,
+            mask_token_id=self.mask_token_id,
+            max_length=args.max_length,
+            invalid_rows=args.invalid_rows,
+            overlong_rows=args.overlong_rows,
+            first_target_position=1 if self.logits_shift else 0,
+            name=dataset_name,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "row_index"]
+
+    # Training
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """Collects the microbatches of one optimiser step and corrupts them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.corrupt_batches(batches, step=self.state.global_step, epoch=int(self.state.epoch or 0))
+        return batches, None
+
+    def corrupt_batches(self, batches: list[dict[str, Any]], step: int, epoch: int) -> None:
+        """Adds `noisy` (a `NoisyBatch`) and `loss_weights` (B,) to the microbatches of an optimiser step.
+
+        Timesteps depend on (noise_seed, step, slot of the row in the global batch), mask bits on (noise_seed, epoch,
+        row index, position): the noise of a row is the same for any number of processes and any microbatch size that
+        make up the same global batch. The denominator is summed over the processes (one collective).
+
+        Args:
+            batches: this process's microbatches as collated, on the device.
+            step: optimiser step.
+            epoch: number of the pass over the data; gives fresh masks in every epoch.
+        """
+        args = self.args
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        batch_size = args.per_device_train_batch_size
+        num_slots = args.gradient_accumulation_steps * world_size * batch_size
+        counts = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
+        for microstep, batch in enumerate(batches):
+            input_ids, row_index = batch["input_ids"], batch["row_index"]
+            rows = torch.arange(len(input_ids), device=input_ids.device)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            slots = (microstep * world_size + rank) * batch_size + rows
+            batch["noisy"] = corrupt(
+                input_ids,
+                batch["target_mask"],
+                TIMESTEP_SAMPLERS[args.timestep_sampling](args.noise_seed, step, slots, num_slots),
+                counter_uniform(args.noise_seed, NoiseStream.MASK, epoch, row_index[:, None], positions[None]),
+                schedule=NOISE_SCHEDULES[args.noise_schedule],
+                masking=args.masking,
+                mask_token_id=self.mask_token_id,
+                noise_epsilon=args.noise_epsilon or DEFAULT_NOISE_EPSILON,
+            )
+            counts[0] += count_items(batch["target_mask"], args.loss_normalization)
+            counts[1] += batch["attention_mask"].sum()
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        if self._num_tokens is None:
+            self._num_tokens = counts.new_tensor(float(self.state.num_input_tokens_seen))
+        self._num_tokens = self._num_tokens + counts[1]
+        for batch in batches:
+            batch["loss_weights"] = loss_weights(
+                batch["noisy"].weights, batch["target_mask"], args.loss_normalization, counts[0]
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """This microbatch's share of the step's loss, in nats per token, times the number of processes.
+
+        The factor undoes the average that data parallelism takes over the gradients of the processes.
+        """
+        noisy = inputs["noisy"]
+        outputs = self._score(model, inputs, noisy)
+        rows = noisy.masked.nonzero()[:, 0]
+        loss = (outputs.token_nll * inputs["loss_weights"][rows].to(outputs.token_nll.dtype)).sum()
+        self._training_sums += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"]).sum(0)
+        return loss * self.accelerator.num_processes
+
+    @staticmethod
+    def _score(model: nn.Module, inputs: dict[str, Any], noisy: NoisyBatch) -> Any:
+        return model(
+            input_ids=noisy.noisy_input_ids,
+            attention_mask=inputs["attention_mask"],
+            target_ids=inputs["input_ids"],
+            target_mask=noisy.masked,
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one microbatch; a loss that is not finite stops the run before the optimiser."""
+        row_index = inputs["row_index"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            self._stop("loss", loss.item(), f"The rows of the batch have row_index {row_index.tolist()}.")
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and not self.args.fp16 and not math.isfinite(float(grad_norm)):
+            self._stop("gradient norm", float(grad_norm), "The loss itself is finite.")
+        return grad_norm
+
+    def _stop(self, name: str, value: float, detail: str) -> None:
+        checkpoint = self.state.best_model_checkpoint or self.args.output_dir
+        raise FloatingPointError(
+            f"{name} is {value} at step {self.state.global_step + 1} "
+            f"(learning_rate={self._get_learning_rate():.3g}, max_grad_norm={self.args.max_grad_norm}). {detail} "
+            f"The optimiser has not taken this step and nothing was written; checkpoints in {checkpoint} are intact. "
+            "Lower learning_rate, lengthen warmup_steps, use bf16 instead of fp16, or look at these rows with "
+            "`dlm-tune inspect`; then continue with resume_from_checkpoint."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the training metrics since the last log; see `statistics.summarise`."""
+        if "loss" in logs and self.model.training:
+            sums = self.accelerator.reduce(self._training_sums, reduction="sum")
+            self._training_sums = torch.zeros_like(self._training_sums)
+            logs.update(summarise(sums))
+            if self._num_tokens is not None:
+                logs["num_tokens"] = self._num_tokens.item()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._num_tokens is not None:
+            self.state.num_input_tokens_seen = int(self._num_tokens.item())
+        super()._save_checkpoint(model, trial)
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Statistics of the rows over their fixed bank of noise, and their indices."""
+        inputs = self._prepare_inputs(inputs)
+        statistics = torch.zeros(
+            len(inputs["input_ids"]), NUM_COLUMNS, dtype=torch.float64, device=inputs["input_ids"].device
+        )
+        bank = noise_bank(
+            inputs["input_ids"],
+            inputs["target_mask"],
+            inputs["row_index"],
+            seed=self.args.noise_seed,
+            num_samples=self.args.eval_noise_samples,
+            mask_token_id=self.mask_token_id,
+        )
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for noisy in bank:
+                outputs = self._score(model, inputs, noisy)
+                statistics += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
+        return None, statistics, inputs["row_index"]
+
+    def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics of an evaluation; rows that sampling over processes repeated count once.
+
+        `nelbo` (also as `loss`, for `metric_for_best_model`) is in nats per target token and bounds the negative
+        log-likelihood from above; `nelbo_standard_error` is over rows; `perplexity_bound` is `exp(nelbo)`.
+        """
+        statistics = torch.as_tensor(prediction.predictions)
+        row_index = torch.as_tensor(prediction.label_ids)
+        order = row_index.argsort(stable=True)
+        is_first = torch.ones_like(row_index, dtype=torch.bool)
+        is_first[1:] = row_index[order][1:] != row_index[order][:-1]
+        statistics = statistics[order][is_first]
+        metrics = summarise(statistics.sum(dim=0))
+        nelbo = metrics.pop("nelbo")
+        for unused in ("mean_timestep", "fraction_masked"):
+            metrics.pop(unused)
+        return {
+            "loss": nelbo,
+            "nelbo": nelbo,
+            "nelbo_standard_error": nelbo_standard_error(statistics),
+            "perplexity_bound": math.exp(min(nelbo, 700.0)),
+            "num_rows": float(len(statistics)),
+            **metrics,
+        }

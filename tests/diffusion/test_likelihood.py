@@ -1,0 +1,168 @@
+import itertools
+import math
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+
+from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, corrupt, enumerate_nelbo, noise_bank, summarise_replicates
+from tests.oracles import MASK, TableModel, any_order_nelbo, order_mixture_log_likelihood
+
+LENGTH = 4
+ROW = torch.tensor([2, 0, 1, 1])
+EVERY = torch.ones(LENGTH, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def table() -> TableModel:
+    return TableModel(LENGTH)
+
+
+def subset_nelbo(table: TableModel, row: torch.Tensor, target_mask: torch.Tensor = EVERY) -> float:
+    return enumerate_nelbo(lambda noisy, masked: table.cross_entropy(row, noisy, masked), row, target_mask, MASK)
+
+
+def test_enumeration_equals_the_mean_over_all_orders(table):
+    assert subset_nelbo(table, ROW) == pytest.approx(any_order_nelbo(table, ROW), abs=1e-12)
+
+
+def test_nelbo_bounds_the_order_mixture_which_is_normalised(table):
+    total = 0.0
+    for row in itertools.product(range(MASK), repeat=LENGTH):
+        log_likelihood = order_mixture_log_likelihood(table, torch.tensor(row))
+        total += math.exp(log_likelihood)
+        assert subset_nelbo(table, torch.tensor(row)) > -log_likelihood
+    assert total == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_integral_over_t_of_the_schedule_is_the_same_number(table, schedule):
+    """E_t E_mask [w(t) CE], with the masks enumerated and t by Gauss-Legendre quadrature: no sampling at all."""
+    nodes, quadrature = (torch.as_tensor(values) for values in numpy.polynomial.legendre.leggauss(60))
+    t = (nodes + 1) / 2
+    p = 1 - NOISE_SCHEDULES[schedule].alpha(t)
+    integral = torch.zeros((), dtype=torch.float64)
+    for bits in itertools.product([False, True], repeat=LENGTH):
+        masked = torch.tensor([bits])
+        if masked.any():
+            size = int(masked.sum())
+            loss = table.cross_entropy(ROW, ROW[None].masked_fill(masked, MASK), masked).sum()
+            weight = NOISE_SCHEDULES[schedule].weight(t) * p**size * (1 - p) ** (LENGTH - size)
+            integral += loss * (weight * quadrature / 2).sum()
+    assert float(integral) == pytest.approx(any_order_nelbo(table, ROW), abs=1e-9)
+
+
+def sampled(table, masking, num_samples, num_replicates, seed=0, rows=1):
+    input_ids, target_mask = ROW.expand(rows, LENGTH), EVERY.expand(rows, LENGTH)
+    samples = []
+    for noisy in noise_bank(
+        input_ids,
+        target_mask,
+        torch.arange(rows),
+        seed=seed,
+        num_samples=num_samples,
+        num_replicates=num_replicates,
+        mask_token_id=MASK,
+        masking=masking,
+    ):
+        nll = table.cross_entropy(ROW, noisy.noisy_input_ids, noisy.masked)
+        summed = torch.zeros(rows, dtype=torch.float64).index_add(0, noisy.masked.nonzero()[:, 0], nll)
+        samples.append(noisy.weights * summed)
+    return torch.stack(samples, dim=1)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_sampled_estimates_are_unbiased(table, masking):
+    """Mean over 3000 rows of the same tokens within 4 standard errors of the enumeration.
+
+    The bias of `bernoulli` is `noise_epsilon * (NELBO - H_full)`, about 1e-3 here and below the error.
+    """
+    estimates, _ = summarise_replicates(sampled(table, masking, 8, 1, rows=3000), 1)
+    exact = subset_nelbo(table, ROW)
+    standard_error = estimates.std() / 3000**0.5
+    assert standard_error < 0.1
+    assert abs(estimates.mean() - exact) < 4 * standard_error
+
+
+def test_standard_error_covers_the_enumeration(table):
+    """95 % intervals from replicates cover the exact value for about 95 % of rows; 16 replicates, 400 rows."""
+    nats, standard_error = summarise_replicates(sampled(table, "exact_count", 64, 16, rows=400), 16)
+    covered = ((nats - subset_nelbo(table, ROW)).abs() < 2.131 * standard_error).double().mean()
+    assert 0.91 < covered < 0.985
+
+
+@pytest.mark.parametrize(("num_samples", "total"), [(4, 6), (2, 3), (16, 10)])
+def test_every_mask_count_has_exactly_its_probability(num_samples, total):
+    """Counts drawn by systematic strata are uniform on 1..A also where A is no multiple of the strata: chi-square."""
+    rows = 6000
+    counts = Counter()
+    ones = torch.ones(rows, total, dtype=torch.bool)
+    for noisy in noise_bank(
+        torch.zeros(rows, total, dtype=torch.long),
+        ones,
+        torch.arange(rows),
+        seed=1,
+        num_samples=num_samples,
+        mask_token_id=1,
+    ):
+        counts.update(noisy.masked.sum(1).tolist())
+    expected = rows * num_samples / total
+    # strata make the counts of one row more even than independent ones: the statistic is below the usual bound
+    statistic = sum((counts[count] - expected) ** 2 / expected for count in range(1, total + 1))
+    assert statistic < 2.2 * total + 8
+
+
+def test_one_target_token_has_no_variance():
+    target_mask = torch.tensor([[False, True, False, False]])
+    weights = [
+        noisy.weights.item() * noisy.masked.sum().item()
+        for noisy in noise_bank(ROW[None], target_mask, torch.tensor([5]), seed=0, num_samples=8, mask_token_id=MASK)
+    ]
+    assert weights == [1.0] * 8
+
+
+def test_bank_does_not_depend_on_batch_mates():
+    def bank(keys):
+        return list(
+            noise_bank(
+                ROW.expand(len(keys), LENGTH),
+                EVERY.expand(len(keys), LENGTH),
+                torch.tensor(keys),
+                seed=3,
+                num_samples=6,
+                mask_token_id=MASK,
+            )
+        )
+
+    for together, alone in zip(bank([4, 9, 2]), bank([9]), strict=True):
+        assert torch.equal(together.masked[1], alone.masked[0])
+        assert together.weights[1] == alone.weights[0]
+
+
+def test_replicates_must_divide_samples():
+    with pytest.raises(ValueError, match="num_samples=7 must be a multiple of num_replicates=2"):
+        next(
+            noise_bank(
+                ROW[None], EVERY[None], torch.tensor([0]), seed=0, num_samples=7, num_replicates=2, mask_token_id=3
+            )
+        )
+
+
+def test_enumeration_refuses_long_rows():
+    with pytest.raises(ValueError, match="A=17"):
+        enumerate_nelbo(lambda *_: torch.zeros(1), torch.zeros(17).long(), torch.ones(17).bool(), MASK)
+
+
+def test_bernoulli_and_exact_count_agree_on_rows_without_targets():
+    noisy = corrupt(
+        ROW[None],
+        torch.zeros(1, LENGTH, dtype=torch.bool),
+        torch.tensor([0.9], dtype=torch.float64),
+        torch.zeros(1, LENGTH, dtype=torch.float64),
+        schedule=NOISE_SCHEDULES["linear"],
+        masking="exact_count",
+        mask_token_id=MASK,
+    )
+    assert not noisy.masked.any()
+    assert noisy.weights.item() == 0
