@@ -1,0 +1,161 @@
+"""One forward with three modes, shared by every diffusion language model class of this package."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
+
+from dlm_tune.models.lm_head import project_positions, score_targets
+
+
+@dataclass
+class MaskedTokenScores(ModelOutput):
+    """Scores of the selected positions, in row-major order of `target_mask`.
+
+    Attributes:
+        token_nll: (N,) float32, -log p(target) in nats; differentiable.
+        is_top1: (N,) bool, whether the target has the largest logit.
+    """
+
+    token_nll: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class DiffusionMixin:
+    """Adds masked-diffusion forward modes to a `*ForCausalLM` class whose attention is bidirectional."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: None = None,
+        use_cache: bool | None = None,
+        target_ids: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        position_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model in one of three modes.
+
+        Args:
+            input_ids: (B, L) tokens, the noisy ones in training.
+            attention_mask: (B, L), 1 where a token is attended; or (B, 1, L, L), True where query attends to key.
+            position_ids: (B, L); by default each row counts from its first attended token, so that left and right
+                padding give the logits of the unpadded row.
+            inputs_embeds: (B, L, D) instead of `input_ids`.
+            labels: must be None; the causal loss shifts them and scores every position.
+            use_cache: keep keys and values; default False, since bidirectional attention changes them at every step.
+            target_ids: (B, L) clean tokens, read where `target_mask` is True.
+            target_mask: (B, L) bool, positions to score.
+            position_mask: (B, L) bool, positions whose logits are wanted.
+            **kwargs: passed on to the transformer.
+
+        Returns:
+            Without `target_mask` and `position_mask`: what the transformers class returns, raw logits (B, L, V) without
+            the shift. With `position_mask`: `.logits` (N, V) after `config.logits_shift`. With `target_mask` and
+            `target_ids`: MaskedTokenScores. The LM head is applied to the selected positions only.
+
+        Raises:
+            ValueError: on `labels`, on inconsistent arguments or shapes.
+        """
+        _check_modes(labels, target_ids, target_mask, position_mask)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = padded_position_ids(attention_mask)
+        attention_mask = _additive_if_eager(attention_mask, self)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": bool(use_cache),
+        }
+        selection = position_mask if target_mask is None else target_mask
+        if selection is None:
+            return super().forward(**inputs, **kwargs)  # type: ignore[misc]
+        for name in ("return_dict", "logits_to_keep"):
+            kwargs.pop(name, None)
+        hidden = self.model(**inputs, **kwargs).last_hidden_state  # type: ignore[attr-defined]
+        selected = select_hidden(hidden, selection, attention_mask, self.config.logits_shift)  # type: ignore[attr-defined]
+        head = self.get_output_embeddings()  # type: ignore[attr-defined]
+        if target_mask is None:
+            return CausalLMOutput(logits=project_positions(head, selected))
+        assert target_ids is not None
+        token_nll, is_top1 = score_targets(head, selected, target_ids[target_mask], self.config.vocab_size)  # type: ignore[attr-defined]
+        return MaskedTokenScores(token_nll=token_nll, is_top1=is_top1)
+
+    def predict_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_mask: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Return (N, V) logits of the positions where `position_mask` (B, L) is True, `logits_shift` applied."""
+        outputs = self(input_ids=input_ids, attention_mask=attention_mask, position_mask=position_mask, **kwargs)  # type: ignore[operator]
+        return outputs.logits
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Sample by iterative unmasking; see `dlm_tune.generate`."""
+        from dlm_tune.generation import generate
+
+        return generate(self, input_ids, attention_mask, generation_config, **kwargs)
+
+
+def padded_position_ids(attention_mask: Tensor) -> Tensor:
+    """Return (B, L) positions counted from each row's first attended token; padding before it gets 0."""
+    length = attention_mask.shape[1]
+    first = attention_mask.bool().int().argmax(dim=1, keepdim=True)
+    return (torch.arange(length, device=attention_mask.device) - first).clamp(min=0)
+
+
+def select_hidden(hidden: Tensor, selection: Tensor, attention_mask: Tensor | None, logits_shift: bool) -> Tensor:
+    """Return the (N, D) hidden states that predict the selected positions, in row-major order.
+
+    With `logits_shift` the predictor of position i is i - 1, as in models initialised from next-token prediction; a
+    row's first token has no predecessor and keeps its own state, as in Dream's sampler.
+    """
+    if hidden.shape[:2] != selection.shape:
+        raise ValueError(
+            f"the selection mask has shape {tuple(selection.shape)} but the model returned hidden states for "
+            f"{tuple(hidden.shape[:2])}; give a mask of input_ids' shape, and use no prompt-learning adapter (it "
+            "prepends virtual tokens)"
+        )
+    if not logits_shift:
+        return hidden[selection.bool()]
+    rows, columns = selection.nonzero(as_tuple=True)
+    first = torch.zeros_like(rows)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        first = attention_mask.bool().int().argmax(dim=1)[rows]
+    predictors = torch.where(columns > first, columns - 1, columns)
+    return hidden[rows, predictors]
+
+
+def _check_modes(labels: Any, target_ids: Any, target_mask: Any, position_mask: Any) -> None:
+    if labels is not None:
+        raise ValueError(
+            "labels were given, but their loss is the causal one (shifted, at every position), which is wrong for a "
+            "diffusion model; pass target_ids and target_mask instead"
+        )
+    if (target_ids is None) != (target_mask is None):
+        raise ValueError("target_ids and target_mask belong together: give both, or neither")
+    if target_mask is not None and position_mask is not None:
+        raise ValueError("target_mask (scores) and position_mask (logits) are two modes of the forward; give one")
+
+
+def _additive_if_eager(attention_mask: Tensor | None, model: Any) -> Tensor | None:
+    """Eager attention adds its mask to the scores, so a boolean 4D mask would pass for a bias of 0 and 1."""
+    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    if model.config._attn_implementation != "eager":
+        return attention_mask
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
+        ~attention_mask, torch.finfo(dtype).min
+    )
