@@ -29,7 +29,7 @@ from dlm_tune.diffusion import (
     loss_weights,
     noise_bank,
 )
-from dlm_tune.models import DiffusionMixin, end_of_turn_token_ids, load_model, load_tokenizer
+from dlm_tune.models import DiffusionMixin, end_of_turn_ids, load_model, load_tokenizer
 from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionConfig
 from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
 
@@ -124,7 +124,7 @@ class DiffusionTrainer(SFTTrainer):
             block_length=args.block_length,
             max_length=args.max_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
-            end_of_turn_token_ids=end_of_turn_token_ids(tokenizer),
+            end_of_turn_ids=end_of_turn_ids(tokenizer),
         )
 
     # Data
