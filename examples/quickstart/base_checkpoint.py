@@ -58,6 +58,7 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LLaDAM
         d_model=128,
         embedding_dropout=0.0,
         embedding_size=VOCABULARY_SIZE,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         flash_attention=False,
         include_bias=False,

@@ -29,7 +29,7 @@ TAGS = ("past", "participle", "gerund", "third", "plural")
 MIN_WORD_LENGTH, MAX_WORD_LENGTH = 2, 14  # the longest prompt then has 30 characters
 MAX_LINE_LENGTH = 47  # and with its answer and EOS, no pretraining line is longer than prompt + canvas
 TEST_PER_MILLE, DEVELOPMENT_PER_MILLE = 50, 25
-LEXICON_PASSES, ALL_WORDS_PASSES = 6, 2  # over the sorted word lists, each with its own random gaps
+LEXICON_PASSES, ALL_WORDS_PASSES = 10, 3  # over the sorted word lists, each with its own random gaps
 
 
 def spelling_rule(lemma: str, tag: str) -> str:
