@@ -1,0 +1,29 @@
+"""From a recipe's data section to batches: loading, checking and collating rows.
+
+The names are imported on first use: the command line reads `DatasetArguments` without paying for torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC_NAMES = {
+    "DatasetArguments": "dlm_tune.data.arguments",
+    "DatasetEntry": "dlm_tune.data.arguments",
+    "DiffusionCollator": "dlm_tune.data.collator",
+    "check_raw_rows": "dlm_tune.data.formats",
+    "check_rows": "dlm_tune.data.rows",
+    "find_format": "dlm_tune.data.formats",
+    "load_datasets": "dlm_tune.data.loading",
+}
+
+__all__ = list(_PUBLIC_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_NAMES:
+        return getattr(import_module(_PUBLIC_NAMES[name]), name)
+    raise AttributeError(f"module 'dlm_tune.data' has no attribute '{name}'; it has: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__
