@@ -1,8 +1,8 @@
-"""Every command and every Python example in the documentation is run, in order, page by page, in a copy of the checkout.
+"""Every command and every Python example in the documentation is run, page by page, in a copy of the checkout.
 
-A fence says how its block is treated: "```bash" and "```python" run by default, "```bash slow" with the slow tests, and
-"```bash gpu" not at all, because it needs a GPU or the Hub. Anything else is not code to run. The numbers of blocks are
-asserted, so that a block cannot vanish from the tests unnoticed.
+A fence says how its block is treated: "```bash" and "```python" run by default, "```bash slow" with the slow tests,
+and "```bash gpu" not at all, because it needs a GPU or the Hub. Anything else is not code to run. The numbers of
+blocks are asserted, so that a block cannot vanish from the tests unnoticed.
 """
 
 import os
