@@ -1,0 +1,164 @@
+"""Which dataclasses make up the keys of each verb. Importing this module is cheap; `verb_classes` is not."""
+
+from dataclasses import dataclass, field
+
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line, as `dlm-tune --help` shows it."""
+
+    summary: str
+    example: str
+
+
+VERBS = {
+    "pretrain": Verb("train on plain text, or continue pretraining", "--config quickstart/pretrain/base"),
+    "sft": Verb("fine-tune on prompts with answers or on chats", "--config llada-8b/sft/lora"),
+    "generate": Verb("complete prompts", "--model_name_or_path CHECKPOINT --prompt 'past of carry: '"),
+    "chat": Verb("talk to a model and watch it denoise", "--model_name_or_path GSAI-ML/LLaDA-8B-Instruct"),
+    "eval": Verb("held-out likelihood, exact match, benchmark tasks", "--config RECIPE --adapter OUTPUT_DIR"),
+    "inspect": Verb("show a batch as the loss sees it", "--config llada-8b/sft/lora"),
+    "env": Verb("versions, devices, and what is missing", ""),
+}
+
+
+@dataclass
+class RunArguments:
+    """Keys of `pretrain` and `sft` that belong to the run as a whole."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into an output_dir that is not empty; its checkpoint-* folders are removed first."},
+    )
+    evaluate_before: bool = field(
+        default=True,
+        metadata={"help": "Evaluate before the first step too, where there is evaluation data, for the comparison."},
+    )
+
+
+@dataclass
+class CheckpointArguments:
+    """Keys of `generate` and `chat` that say which model is loaded and how."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint: a folder, a Hub name, or an adapter's folder (its base is loaded too)."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to put on the model."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Weights' type; null is float32 on CPU, bfloat16 on GPU.", "choices": DTYPES}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the weights to 4 bits (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the weights to 8 bits (bitsandbytes)."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.model_name_or_path:
+            faults.append("model_name_or_path is missing: a folder, a Hub name, or the output_dir of a training run.")
+        if self.load_in_4bit and self.load_in_8bit:
+            faults.append("load_in_4bit and load_in_8bit are both true: choose one.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+
+@dataclass
+class GenerateArguments:
+    """Keys of `generate`: the prompts and where the answers go."""
+
+    prompt: list[str] | None = field(default=None, metadata={"help": "A prompt; may be given several times."})
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "Prompts: .txt, one a line, or .jsonl with `prompt` (text or messages)."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Write answers here too, as JSON lines."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts that are denoised together."})
+    chat_template: str = field(
+        default="auto",
+        metadata={
+            "help": "Wrap text prompts as a user's turn: auto does so for instruct checkpoints.",
+            "choices": ["auto", "always", "never"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.prompt and not self.prompts_file:
+            faults.append("no prompt: give --prompt 'TEXT' (several times if you like) or --prompts_file FILE.")
+        if self.batch_size < 1:
+            faults.append(f"batch_size={self.batch_size} must be at least 1; the default is 8.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+
+@dataclass
+class EvalArguments:
+    """Keys of `eval`: what is measured, beside the held-out likelihood of a recipe's evaluation data."""
+
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to put on the model."})
+    generate: bool = field(
+        default=False, metadata={"help": "Also complete the evaluation prompts: exact match and character error rate."}
+    )
+    generation: dict | None = field(
+        default=None,
+        metadata={"help": "Sampler options for `generate: true` and `tasks`, e.g. --generation.steps 24."},
+    )
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "With `generate: true`, complete only the first so many prompts."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "lm-evaluation-harness tasks, e.g. gsm8k (needs the extra `eval`)."}
+    )
+    tasks_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
+    tasks_limit: int | None = field(default=None, metadata={"help": "Only the first so many examples of each task."})
+    output_file: str | None = field(default=None, metadata={"help": "Write all figures here as JSON."})
+
+
+@dataclass
+class InspectArguments:
+    """Keys of `inspect`."""
+
+    rows: int = field(default=4, metadata={"help": "Rows of the batch to show."})
+    color: str = field(
+        default="auto",
+        metadata={
+            "help": "Colours, or markers alone; auto is colours on a terminal unless NO_COLOR is set.",
+            "choices": ["auto", "always", "never"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1; the default is 4.")
+
+
+def verb_classes(verb: str) -> tuple[type, ...]:
+    """Dataclasses whose fields are the keys of a verb. Imports trl, and with it torch, for the training verbs."""
+    if verb == "env":
+        return ()
+    if verb in ("generate", "chat"):
+        from dlm_tune.generation import DiffusionGenerationConfig
+
+        own = (GenerateArguments,) if verb == "generate" else ()
+        return (CheckpointArguments, *own, DiffusionGenerationConfig)
+    from trl import ModelConfig
+
+    from dlm_tune.data import DatasetArguments
+    from dlm_tune.trainers import DiffusionConfig
+
+    own = {"eval": (EvalArguments, RunArguments), "inspect": (InspectArguments, RunArguments)}.get(verb, (RunArguments,))
+    return (*own, ModelConfig, DatasetArguments, DiffusionConfig)
+
+
+def verbs_of_key(key: str, excluded: str) -> list[str]:
+    """The other verbs that know a key."""
+    from dataclasses import fields
+
+    return [
+        verb
+        for verb in VERBS
+        if verb != excluded and any(key == f.name for owner in verb_classes(verb) for f in fields(owner))
+    ]
