@@ -1,4 +1,4 @@
-"""Diffusion language models on transformers' own modules: native classes, loading, and the LM head at chosen positions.
+"""Diffusion language models on transformers' own modules: classes, loading, the LM head at chosen positions.
 
 Importing this package registers LLaDA and Dream with transformers' Auto classes; remote code is never needed.
 """
@@ -6,16 +6,24 @@ Importing this package registers LLaDA and Dream with transformers' Auto classes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dlm_tune.models.dream import DreamConfig, DreamModel
+from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
+from dlm_tune.models.loading import load_model
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores
+from dlm_tune.models.tokenizer import load_tokenizer
 
 __all__ = [
+    "FAMILIES",
     "DiffusionMixin",
     "DreamConfig",
     "DreamModel",
     "LLaDAConfig",
     "LLaDAModelLM",
     "MaskedTokenScores",
+    "ModelFamily",
+    "end_of_turn_ids",
+    "load_model",
+    "load_tokenizer",
 ]
 
 for _config_class, _model_class in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):

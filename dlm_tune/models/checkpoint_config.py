@@ -3,14 +3,16 @@
 import copy
 from typing import Any, ClassVar
 
+from transformers import PreTrainedConfig
+
 
 class CheckpointConfigMixin:
     """Round trip of config.json: a key nobody changed since loading is written exactly as it was read.
 
     transformers normalises values on load (a null becomes a number, `rope_theta` moves into `rope_parameters`,
-    generation settings are dropped), and the authors' own code reads the original keys only. So the dictionary that was
-    read is kept, together with what an untouched config would write: keys that agree with the latter are written from
-    the former, new keys appear only when they were set after loading, and `architectures` stays as published.
+    generation settings are dropped), and the authors' own code reads the original keys only. So the dictionary that
+    was read is kept, together with what an untouched config would write: keys that agree with the latter are written
+    from the former, new keys appear only when they were set after loading, and `architectures` stays as published.
     """
 
     # The key under which the authors' files keep the weights' dtype, None where they keep none.
@@ -92,7 +94,11 @@ class CheckpointConfigMixin:
                 output[key] = copy.deepcopy(value)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what is written to config.json: transformers' selection plus every key the source had."""
-        output = super().to_diff_dict()  # type: ignore[misc]
-        full = self.to_dict()
-        return output | {key: full[key] for key in getattr(self, "_source", {}) if key in full}
+        """Return what is written to config.json: all but transformers' own defaults, plus every key that was read."""
+        defaults = PreTrainedConfig().to_dict()
+        kept = {"transformers_version", *getattr(self, "_source", {})}
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key != "_name_or_path" and (key in kept or key not in defaults or value != defaults[key])
+        }

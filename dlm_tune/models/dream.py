@@ -1,7 +1,7 @@
 """Dream without remote code: Qwen2's modules with bidirectional attention and logits shifted by one.
 
-Weight names are Qwen2's already (Dream was initialised from Qwen2.5). What needs care is config.json: the authors' code
-reads `rope_theta` and `torch_dtype`, which transformers 5 writes under other names.
+Weight names are Qwen2's already (Dream was initialised from Qwen2.5). What needs care is config.json: the authors'
+code reads `rope_theta` and `torch_dtype`, which transformers 5 writes under other names.
 """
 
 from typing import Any, ClassVar
@@ -40,8 +40,8 @@ class DreamConfig(CheckpointConfigMixin, Qwen2Config):
             faults.append("use_sliding_window=True (every position attends to all others; supported: false)")
         if faults:
             raise ValueError(
-                f"this Dream config cannot be represented natively: {'; '.join(faults)}. Correct the config.json if it "
-                "is wrong; a checkpoint trained with these settings cannot be loaded."
+                f"this Dream config cannot be represented natively: {'; '.join(faults)}. Correct the config.json if "
+                "it is wrong; a checkpoint trained with these settings cannot be loaded."
             )
         if self.vocab_size == self.published_vocab_size and self.mask_token_id is None:
             self.mask_token_id = self.published_mask_token_id

@@ -1,6 +1,7 @@
 """What is known of each checkpoint family beside what its files say."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # Both templates mark the assistant's words and end-of-turn token as generated, so that TRL's `assistant_only_loss`
 # trains the stop token, and open an assistant turn only when `add_generation_prompt` asks for it.
@@ -67,3 +68,9 @@ FAMILIES: dict[str, ModelFamily] = {
 def family_chat_template(family: ModelFamily, end_of_turn_token: str) -> str:
     """Return the family's chat template with the given end-of-turn token."""
     return family.chat_template.replace("END_OF_TURN", end_of_turn_token)
+
+
+def end_of_turn_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens that end a chat turn, of any family, in a tokenizer's vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[f.end_of_turn_token] for f in FAMILIES.values() if f.end_of_turn_token in vocabulary}

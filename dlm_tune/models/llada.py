@@ -71,8 +71,8 @@ class LLaDAConfig(CheckpointConfigMixin, PreTrainedConfig):
     written. `mask_token_id` is None unless it is given or the vocabulary is the published one.
 
     Raises:
-        ValueError: for structural settings Llama's modules cannot represent, all of them named at once; and, when built
-            from a config.json, for missing structural keys.
+        ValueError: for structural settings Llama's modules cannot represent, all of them named at once; and, when
+            built from a config.json, for missing structural keys.
     """
 
     model_type = "llada"
@@ -164,20 +164,19 @@ class LLaDAConfig(CheckpointConfigMixin, PreTrainedConfig):
             raise ValueError(
                 "this LLaDA config cannot be represented natively: "
                 + "; ".join(faults)
-                + ". Only checkpoints with the structure of LLaDA-8B (Base, Instruct, 1.5) load; correct the config.json "
-                "if it is wrong, or convert the checkpoint."
+                + ". Only checkpoints with the structure of LLaDA-8B (Base, Instruct, 1.5) load; correct the "
+                "config.json if it is wrong."
             )
 
     @classmethod
     def check_source(cls, config_dict: dict[str, Any]) -> None:
         """Refuse a config.json without the structural keys; see CheckpointConfigMixin."""
         missing = [key for key in _REQUIRED_KEYS if key not in config_dict]
-        # transformers writes nested copies of configs through to_dict(), always complete; so this is a real file.
         if missing:
             raise ValueError(
                 f"the LLaDA config.json lacks {', '.join(missing)}. The authors' code would fall back to a GPT-2-like "
-                "model (no rotary positions, tied weights, sequential blocks), which is surely not meant. Add the keys; "
-                "for LLaDA-8B they are rope=true, block_type='llama', weight_tying=false."
+                "model (no rotary positions, tied weights, sequential blocks), which is surely not meant. Add the "
+                "keys; for LLaDA-8B they are rope=true, block_type='llama', weight_tying=false."
             )
 
     # Names that Llama's modules read. Properties, so that nulls and original values survive a round trip.

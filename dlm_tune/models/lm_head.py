@@ -1,8 +1,8 @@
 """The language-model head at chosen positions, without (B, L, V) logits.
 
 For N selected positions and V tokens a dense computation holds several (N, V) float32 tensors; here chunks of at most
-`MAX_CHUNK_LOGITS` logits exist at a time, and each is computed again in the backward pass. The head is always called as
-a module, so that adapters on it and parameter gathering (ZeRO-3, FSDP) work.
+`MAX_CHUNK_LOGITS` logits exist at a time, and each is computed again in the backward pass. The head is always called
+as a module, so that adapters on it and parameter gathering (ZeRO-3, FSDP) work.
 
 The mask token's logit is not suppressed: LLaDA trains with it, and it is never a target, so the model learns that its
 probability is zero. The sampler suppresses it.
@@ -25,7 +25,7 @@ def score_targets(
     hidden: Tensor,
     target_ids: Tensor,
     vocab_size: int,
-    max_chunk_logits: int = MAX_CHUNK_LOGITS,
+    max_chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the targets' negative log-likelihoods (N,) in float32 nats, and whether each is the largest logit (N,).
 
@@ -34,9 +34,9 @@ def score_targets(
         hidden: (N, D) hidden states of the predicting positions.
         target_ids: (N,) long.
         vocab_size: V, only to size the chunks.
-        max_chunk_logits: largest number of logits held at a time; at least one row is.
+        max_chunk_logits: largest number of logits held at a time (at least one row is); default MAX_CHUNK_LOGITS.
     """
-    rows = max(1, max_chunk_logits // vocab_size)
+    rows = max(1, (max_chunk_logits or MAX_CHUNK_LOGITS) // vocab_size)
     num_chunks = _same_on_all_ranks(head, -(-hidden.shape[0] // rows), hidden.device)
     if num_chunks <= 1:
         return _score_chunk(head, hidden, target_ids)

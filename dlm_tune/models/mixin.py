@@ -56,8 +56,8 @@ class DiffusionMixin:
             **kwargs: passed on to the transformer.
 
         Returns:
-            Without `target_mask` and `position_mask`: what the transformers class returns, raw logits (B, L, V) without
-            the shift. With `position_mask`: `.logits` (N, V) after `config.logits_shift`. With `target_mask` and
+            Without `target_mask` and `position_mask`: what the transformers class returns, raw logits (B, L, V) before
+            any shift. With `position_mask`: `.logits` (N, V) after `config.logits_shift`. With `target_mask` and
             `target_ids`: MaskedTokenScores. The LM head is applied to the selected positions only.
 
         Raises:
