@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, Value
-from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, get_data_patterns
 
 from dlm_tune.data.arguments import did_you_mean
 
@@ -149,7 +149,7 @@ def _load_directory(path: Path, where: str) -> DatasetDict:
     if any((path / marker).exists() for marker in _SAVED_MARKERS):
         saved = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file_format(file)]
+    files = [file for file in sorted(path.rglob("*")) if _is_data_file(file, path)]
     loaders = sorted({str(file_format(file)) for file in files})
     if not files:
         raise ValueError(f"{where}: the directory has no data files ({', '.join(FILE_FORMATS)}, each also with .gz).")
@@ -174,6 +174,11 @@ def _load_directory(path: Path, where: str) -> DatasetDict:
             "and would be left out. Rename it (e.g. train-extra.jsonl), or list the files in `datasets`."
         )
     return _load_files(loaders[0], splits, where)
+
+
+def _is_data_file(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    return file.is_file() and file_format(file) is not None and file.name not in FILES_TO_IGNORE and not hidden
 
 
 def _load_files(loader: str, files: dict[str, list[str]], where: str) -> DatasetDict:

@@ -198,5 +198,5 @@ def test_missing_eos_token():
 
 
 def test_rows_that_were_not_checked():
-    with pytest.raises(ValueError, match="no 'row_index'.*check_rows first"):
+    with pytest.raises(ValueError, match=r"no 'row_index'.*check_rows first"):
         DiffusionCollator(PAD, EOS)([{"input_ids": [1], "labels": [1]}])
