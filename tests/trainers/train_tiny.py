@@ -1,0 +1,70 @@
+"""Train a tiny model for a few steps and write what the trainer saw; run under torchrun by the tests beside it.
+
+Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+from tests.tiny_models import tiny_llada, tiny_tokenizer
+
+ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(24)]
+
+
+class RecordingTrainer(DiffusionTrainer):
+    """Keeps the masked positions of every row at every step."""
+
+    noise: dict[str, list[int]] = {}
+
+    def corrupt_batches(self, batches, step, epoch):
+        """Record what the parent draws."""
+        super().corrupt_batches(batches, step, epoch)
+        for batch in batches:
+            for row, index in enumerate(batch["row_index"].tolist()):
+                self.noise[f"{step}/{index}"] = batch["noisy"].masked[row].nonzero()[:, 0].tolist()
+
+
+def main() -> None:
+    output_dir, batch_size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    arguments = DiffusionConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=5,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RecordingTrainer(
+        model=tiny_llada(),
+        args=arguments,
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:7]),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    rank = trainer.accelerator.process_index
+    result = {
+        "num_processes": trainer.accelerator.num_processes,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "metrics": {key: value for key, value in metrics.items() if "second" not in key and "runtime" not in key},
+        "noise": trainer.noise,
+    }
+    (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
