@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from difflib import get_close_matches
 
 from dlm_tune import __version__
@@ -39,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"unknown command '{verb}': choose one of {', '.join(VERBS)}.{hint}")
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # bitsandbytes reports an optional accelerator of its own at every import of peft
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet_libraries()
     try:
         run_verb(verb, arguments)
     except KeyboardInterrupt:
@@ -99,11 +99,22 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def _quiet_libraries() -> None:
+    """Silence what a user of the command line can do nothing about."""
+    # transformers renames an argument that trl still sets
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # bitsandbytes and deepspeed report at import what they would use if it were there
+    for name in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
 def _is_for_user(error: Exception) -> bool:
     """Whether the message alone tells the user what to do; otherwise the traceback is needed."""
     if isinstance(error, RuntimeError):
         return "out of memory" in str(error).lower()
-    return not isinstance(error, TypeError) or "dlm_tune" in type(error).__module__
+    if isinstance(error, ImportError):
+        return "install" in str(error)
+    return not isinstance(error, TypeError)
 
 
 def _fail(message: str, error: Exception | None = None) -> int:

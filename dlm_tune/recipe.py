@@ -1,7 +1,7 @@
 """Strict recipes: a flat YAML file and command-line flags become the dataclasses of a verb.
 
-The keys are the fields of the dataclasses, as with TRL's parser. Unlike there, every fault carries file and line, values
-are checked against the field's type, and all faults are raised at once.
+The keys are the fields of the dataclasses, as with TRL's parser. Unlike there, every fault carries file and line,
+values are checked against the field's type, and all faults are raised at once.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from dlm_tune.recipe_types import accepts_dict, accepts_list, convert, describe, is_bool, parse_flag
@@ -71,6 +70,7 @@ class Setting:
     value: Any
     place: str
     is_flag: bool
+    is_automatic: bool = False
 
 
 def keys_of(classes: Iterable[type]) -> dict[str, Key]:
@@ -106,8 +106,8 @@ class Recipe:
         return self.settings[key].value if key in self.settings else default
 
     def set(self, key: str, value: Any, place: str) -> None:
-        """Set a key that neither the file nor a flag sets."""
-        self.settings[key] = Setting(value, place, is_flag=True)
+        """Set a key on the command's own account; it is not part of `to_yaml`."""
+        self.settings[key] = Setting(value, place, is_flag=False, is_automatic=True)
 
     def build(self) -> tuple[Any, ...]:
         """Build one object per dataclass.
@@ -129,7 +129,8 @@ class Recipe:
     def to_yaml(self, header: str = "") -> str:
         """The resolved recipe, flags included, as a file that the same verb reads."""
         order = keys_of(self.classes)
-        values = {name: self.settings[name].value for name in order if name in self.settings}
+        written = {name: setting.value for name, setting in self.settings.items() if not setting.is_automatic}
+        values = {name: written[name] for name in order if name in written}
         return dump_yaml(values, header)
 
 
@@ -288,9 +289,16 @@ def _take_dotted(
     return remaining, dotted, faults
 
 
-def load_recipe_file(path: Path) -> dict[str, Any]:
-    """Keys and values of a recipe file as written, without the checks of a verb."""
-    entries, faults = read_yaml(path)
-    if faults:
-        raise RecipeError(faults, str(path))
-    return {name: value for name, value, _ in entries}
+def check_mapping(values: Mapping[str, Any], owner: type, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Check the inner keys of a mapping-valued key against a dataclass; returns its values and the faults."""
+    keys = keys_of((owner,))
+    settings: dict[str, Setting] = {}
+    faults = []
+    for inner, value in values.items():
+        if inner in keys:
+            faults += _checked(settings, keys[inner], value, name, is_flag=False)
+        else:
+            near = get_close_matches(str(inner), keys, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(keys)}."
+            faults.append(f"{name}: unknown key '{inner}': {hint}")
+    return {inner: setting.value for inner, setting in settings.items()}, faults

@@ -77,7 +77,9 @@ def read_yaml(path: Path) -> tuple[list[tuple[str, Any, int]], list[str]]:
         return [], []
     if not isinstance(root, yaml.MappingNode):
         return [], [f"{path}:{root.start_mark.line + 1}: a recipe is a mapping of `key: value` lines."]
-    entries, faults, seen = [], [], {}
+    entries: list[tuple[str, Any, int]] = []
+    faults: list[str] = []
+    seen: dict[str, int] = {}
     for key_node, value_node in root.value:
         name, line = str(key_node.value), key_node.start_mark.line + 1
         if name in seen:
@@ -102,6 +104,4 @@ def _fault(path: Path, error: yaml.YAMLError) -> str:
 def dump_yaml(values: dict[str, Any], header: str = "") -> str:
     """Write values in their order, such that `read_yaml` gives them back."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.dump(
-        values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-    )
+    return comment + yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,6 +1,6 @@
 """Which dataclasses make up the keys of each verb. Importing this module is cheap; `verb_classes` is not."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 
@@ -142,23 +142,21 @@ def verb_classes(verb: str) -> tuple[type, ...]:
     if verb in ("generate", "chat"):
         from dlm_tune.generation import DiffusionGenerationConfig
 
-        own = (GenerateArguments,) if verb == "generate" else ()
-        return (CheckpointArguments, *own, DiffusionGenerationConfig)
+        prompts = (GenerateArguments,) if verb == "generate" else ()
+        return (CheckpointArguments, *prompts, DiffusionGenerationConfig)
     from trl import ModelConfig
 
     from dlm_tune.data import DatasetArguments
     from dlm_tune.trainers import DiffusionConfig
 
-    own = {"eval": (EvalArguments, RunArguments), "inspect": (InspectArguments, RunArguments)}.get(verb, (RunArguments,))
-    return (*own, ModelConfig, DatasetArguments, DiffusionConfig)
+    own: tuple[type, ...] = {"eval": (EvalArguments,), "inspect": (InspectArguments,)}.get(verb, ())
+    return (*own, RunArguments, ModelConfig, DatasetArguments, DiffusionConfig)
 
 
 def verbs_of_key(key: str, excluded: str) -> list[str]:
     """The other verbs that know a key."""
-    from dataclasses import fields
-
     return [
         verb
         for verb in VERBS
-        if verb != excluded and any(key == f.name for owner in verb_classes(verb) for f in fields(owner))
+        if verb != excluded and any(key == known.name for owner in verb_classes(verb) for known in fields(owner))
     ]

@@ -22,8 +22,8 @@ def find_base(model_name_or_path: str, adapter: str | None) -> tuple[str, str | 
         return model_name_or_path, adapter
     if adapter is not None:
         raise ValueError(
-            f"model_name_or_path={model_name_or_path} is an adapter, and adapter={adapter} is another one. Give the base "
-            "checkpoint as model_name_or_path."
+            f"model_name_or_path={model_name_or_path} is an adapter, and adapter={adapter} is another one. Give "
+            "the base checkpoint as model_name_or_path."
         )
     base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
@@ -61,11 +61,9 @@ def load_checkpoint(
         revision=arguments.model_revision,
         device_map=device_map,
     )
-    has_own_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    own = adapter if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file() else None
     tokenizer = load_tokenizer(
-        adapter if has_own_tokenizer else base,
-        revision=None if has_own_tokenizer else arguments.model_revision,
-        model_config=model.config,
+        own or base, revision=None if own else arguments.model_revision, model_config=model.config
     )
     return model, tokenizer
 

@@ -117,8 +117,8 @@ _READ_BY = {"eval": _EVAL_KEYS, "inspect": _BATCH_KEYS}
 def ineffective_keys(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list[str]:
     """Faults of keys that are written but do nothing in this verb.
 
-    A flag may make a key of the recipe idle (`--max_steps 5` over `num_train_epochs`); the reverse is a fault, and so is
-    an idle key within one file or one command line.
+    A flag may make a key of the recipe idle (`--max_steps 5` over `num_train_epochs`); the reverse is a fault, and so
+    is an idle key within one file or one command line.
     """
     faults = [
         f"{recipe.settings[name].place}: {name} cannot be set: {reason}. Remove it."

@@ -25,10 +25,17 @@ _PACKAGES = {
     "lm_eval": "pip install 'dlm-tune[eval]'  (eval --tasks)",
     "lemminflect": "pip install 'dlm-tune[quickstart]'  (the quickstart's data)",
 }
-# Only where files are and whether the network is used; tokens are reported as set or not set.
-_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-_VARIABLES += ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
-_SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+# Of variables that may hold a secret, only whether they are set.
+_VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "WORLD_SIZE",
+)
+_SECRETS = ("HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY")
 
 
 def run_environment(arguments: list[str]) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from dlm_tune.commands.checkpoint import find_base
 from dlm_tune.commands.run import say
 from dlm_tune.data import load_datasets
 from dlm_tune.models import LLaDAConfig, LLaDAModelLM, load_tokenizer
+from dlm_tune.models.checkpoint_files import checkpoint_directory
+from dlm_tune.models.loading import load_config
 from dlm_tune.recipe import Recipe
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 
@@ -52,15 +54,18 @@ def data_only_trainer(model_arguments: ModelConfig, data_arguments: Any, config:
     if not model_arguments.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a folder or a Hub name, such as GSAI-ML/LLaDA-8B-Base.")
     path, _ = find_base(model_arguments.model_name_or_path, None)
-    checkpoint_config = AutoConfig.from_pretrained(path, revision=model_arguments.model_revision)
+    checkpoint_config, _ = load_config(checkpoint_directory(path, model_arguments.model_revision))
     tokenizer = load_tokenizer(path, revision=model_arguments.model_revision, model_config=checkpoint_config)
-    train_dataset, _ = load_datasets(data_arguments, config.seed)
+    train_dataset, _ = load_datasets(data_arguments, config.seed, text_field=config.dataset_text_field)
     return DiffusionTrainer(
-        model=_stand_in(checkpoint_config, tokenizer), args=config, train_dataset=train_dataset, processing_class=tokenizer
+        model=_stand_in(checkpoint_config, tokenizer),
+        args=config,
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
     )
 
 
-def _stand_in(checkpoint_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
+def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
     config = LLaDAConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,

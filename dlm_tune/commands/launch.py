@@ -12,8 +12,15 @@ from dlm_tune.shipped import find_yaml
 
 EXPECTED_PROCESSES = "DLM_TUNE_EXPECTED_PROCESSES"
 LAUNCHED_VERBS = ("pretrain", "sft", "eval")
-_FLAGS = ("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip")
-_FLAGS += ("--main_process_port", "--gpu_ids")
+_FLAGS = (
+    "--accelerate_config",
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
+    "--gpu_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def take_launch_arguments(verb: str, arguments: list[str]) -> tuple[LaunchArgume
         return None, remaining
     if verb not in LAUNCHED_VERBS:
         raise RecipeError([f"--accelerate_config: `dlm-tune {verb}` runs in one process. Remove it."], title)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
+    if {"LOCAL_RANK", "WORLD_SIZE", EXPECTED_PROCESSES} & os.environ.keys():
         raise RecipeError(["--accelerate_config: already running under a launcher. Remove one of the two."], title)
     path = find_yaml(name, "accelerate_configs")
     entries, faults = read_yaml(path)
@@ -84,7 +91,9 @@ def _config_faults(path: Path, config: dict[str, Any], num_processes: int) -> li
             "distributed_type: MULTI_GPU and use_cpu: false (see accelerate_configs/cpu_two_processes.yaml)."
         ]
     if num_processes < 2 and kind == "MULTI_GPU":
-        return [f"{path}: distributed_type: MULTI_GPU needs at least 2 processes, got {num_processes}. Use single_gpu."]
+        return [
+            f"{path}: distributed_type: MULTI_GPU needs at least 2 processes, got {num_processes}. Use single_gpu."
+        ]
     return []
 
 
@@ -100,10 +109,10 @@ def launch(verb: str, arguments: list[str], launch_arguments: LaunchArguments) -
 
 
 def check_processes() -> None:
-    """Check that as many processes run, and in the way, that the launcher was asked for.
+    """Check that as many processes run as the launcher was asked for.
 
     Raises:
-        RuntimeError: accelerate fell back to fewer processes or to plain data parallelism.
+        OSError: accelerate started fewer.
     """
     from accelerate import PartialState
 
@@ -116,8 +125,9 @@ def check_processes() -> None:
     ]
     if faults:
         raise OSError(
-            "\n".join(faults) + "\nTwo processes on CPUs need `distributed_type: MULTI_GPU` and `use_cpu: false` in the "
-            "accelerate configuration and `use_cpu: true` in the recipe: see accelerate_configs/cpu_two_processes.yaml."
+            "\n".join(faults) + "\nTwo processes on CPUs need distributed_type: MULTI_GPU and use_cpu: false in the "
+            "accelerate configuration, and use_cpu: true in the recipe: see "
+            "accelerate_configs/cpu_two_processes.yaml."
         )
 
 
@@ -133,7 +143,6 @@ def check_parallelism(distributed_type: str) -> None:
     for variable, expected in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_FSDP", "FSDP")):
         if os.environ.get(variable, "").lower() == "true" and distributed_type != expected:
             raise OSError(
-                f"The accelerate configuration asks for {expected}, but {distributed_type} runs. On CPUs accelerate drops "
-                "it without a word; for ZeRO on CPUs set `deepspeed: FILE.json` in the recipe and launch with "
-                "cpu_two_processes."
+                f"The accelerate configuration asks for {expected}, but {distributed_type} runs: accelerate drops it "
+                "on CPUs. For ZeRO on CPUs set `deepspeed: FILE.json` in the recipe and launch with cpu_two_processes."
             )

@@ -9,7 +9,14 @@ from dlm_tune.recipe import Key, Recipe, Setting, parse_recipe
 from dlm_tune.shipped import resolve_path
 
 # Keys that may name a shipped file or folder
-_PATH_KEYS = ("model_name_or_path", "adapter", "dataset_name", "eval_dataset_name", "prompts_file", "chat_template_path")
+_PATH_KEYS = (
+    "model_name_or_path",
+    "adapter",
+    "dataset_name",
+    "eval_dataset_name",
+    "prompts_file",
+    "chat_template_path",
+)
 
 
 def say(*lines: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_kbit_device_map, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from dlm_tune import __version__
 from dlm_tune.commands.checkpoint import load_checkpoint
@@ -58,18 +58,19 @@ def build_trainer(
     Raises:
         ValueError: the data do not fit the verb, or there is no data to evaluate on although the recipe asks for it.
     """
-    train_dataset, eval_dataset = load_datasets(data_arguments, config.seed)
+    train_dataset, eval_dataset = load_datasets(data_arguments, config.seed, text_field=config.dataset_text_field)
     check_data(verb, train_dataset.column_names, config)
     if eval_dataset is None and config.eval_strategy != "no":
         raise RecipeError(
             [
-                f"eval_strategy = {config.eval_strategy} needs evaluation data: set eval_dataset_name, test_split_size "
-                "(0.05 or a number of rows) or dataset_test_split, or remove it."
+                f"eval_strategy = {config.eval_strategy} needs evaluation data: set eval_dataset_name, "
+                "test_split_size (0.05 or a number of rows) or dataset_test_split, or remove it."
             ],
             recipe.title,
         )
     is_quantised = model_arguments.load_in_4bit or model_arguments.load_in_8bit
-    device_map = get_kbit_device_map() if is_quantised and not config.use_cpu else None
+    # bitsandbytes places weights while loading: each process on its own device
+    device_map = {"": config.device} if is_quantised and not config.use_cpu else None
     model, tokenizer = load_checkpoint(model_arguments, device_map=device_map)
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -110,8 +111,8 @@ def check_data(verb: str, column_names: list[str], config: DiffusionConfig) -> N
         )
     if verb == "sft" and is_text:
         raise ValueError(
-            f"the training data have the columns {listed}: nothing tells prompts from answers. Use `dlm-tune pretrain` "
-            "for plain text, or give prompt + completion, messages, or input_ids + labels."
+            f"the training data have the columns {listed}: nothing tells prompts from answers. Use "
+            "`dlm-tune pretrain` for plain text, or give prompt + completion, messages, or input_ids + labels."
         )
 
 
@@ -150,14 +151,14 @@ def _find_checkpoint(folder: Path, value: str) -> str:
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
             raise ValueError(
-                f"resume_from_checkpoint={value}: there is no checkpoint-* folder in output_dir={folder}. Remove it to "
-                "start from the beginning; checkpoints are written with save_strategy: steps."
+                f"resume_from_checkpoint={value}: there is no checkpoint-* folder in output_dir={folder}. Remove "
+                "it to start from the beginning; checkpoints are written with save_strategy: steps."
             )
         return last
     if not (Path(value) / "trainer_state.json").is_file():
         raise ValueError(
-            f"resume_from_checkpoint={value} is not a checkpoint of a training run (it has no trainer_state.json). Give "
-            "OUTPUT_DIR/checkpoint-N, or `last`."
+            f"resume_from_checkpoint={value} is not a checkpoint of a training run (it has no trainer_state.json). "
+            "Give OUTPUT_DIR/checkpoint-N, or `last`."
         )
     return value
 
