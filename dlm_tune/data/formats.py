@@ -13,7 +13,7 @@ from dlm_tune.data.arguments import check_choice, did_you_mean
 from dlm_tune.data.row_report import RowReport
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# names that TRL takes over from `conversations` without renaming, so that chat templates do not know them
+# ShareGPT's names of the roles in `conversations`
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # columns that TRL reads beside those of the format
 COMPANION_COLUMNS = ("tools", "chat_template_kwargs")
@@ -60,16 +60,50 @@ def find_format(column_names: list[str], *, text_field: str = "text", source: st
 
 
 def select_format(dataset: Dataset, *, text_field: str = "text", source: str = "the data set") -> Dataset:
-    """Return `dataset` with the columns of its format only: others (a lone `prompt` beside `messages`) mislead TRL.
+    """Return `dataset` in a form that TRL prepares as meant.
+
+    Columns outside the format are left out: a lone `prompt` beside `messages` would be taken for another format.
+    `conversations` become `messages`, with ShareGPT's roles (human, gpt) renamed. A `completion_mask` becomes
+    `labels`, because TRL reads the mask of tokenised rows only if `completion_only_loss` is set.
 
     Raises:
         ValueError: As `find_format`.
     """
     columns = find_format(dataset.column_names, text_field=text_field, source=source)
     companions = [name for name in COMPANION_COLUMNS if name in dataset.column_names]
+    if columns == ["conversations"]:
+        dataset = dataset.select_columns(columns + companions)
+        return dataset.map(_to_messages, batched=True, remove_columns=columns, desc="Reading conversations")
+    if "completion_mask" in columns:
+        columns = ["input_ids", "labels"]
+        if "labels" not in dataset.column_names:
+            dataset = dataset.map(_to_labels, batched=True, desc="Reading completion masks")
     if dataset.column_names == columns + companions:
         return dataset
     return dataset.select_columns(columns + companions)
+
+
+def _to_messages(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return `messages` for `conversations`; what is no message stays as it is, for `check_raw_rows` to report."""
+
+    def convert(message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        role = message.get("from", message.get("role"))
+        content = message.get("value", message.get("content"))
+        return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+    return {"messages": [rows and [convert(message) for message in rows] for rows in batch["conversations"]]}
+
+
+def _to_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    labels = []
+    for row_tokens, row_mask in zip(batch["input_ids"], batch["completion_mask"], strict=True):
+        tokens, mask = row_tokens or [], row_mask or []
+        # a mask of another length leaves labels of that length, which `check_raw_rows` reports
+        labels.append([token if chosen else -100 for token, chosen in zip(tokens, mask, strict=False)])
+        labels[-1] += [-100] * (len(mask) - len(tokens))
+    return {"labels": labels}
 
 
 def check_raw_rows(
@@ -109,8 +143,8 @@ def _fault_finder(columns: list[str]) -> Callable[[Row], tuple[str, str] | None]
         return _tokenised_fault if len(columns) > 1 else None
     if columns[0] == "prompt":
         return _pair_fault
-    if columns[0] in ("messages", "conversations"):
-        return lambda row: _messages_fault(columns[0], row[columns[0]], needs_assistant=True)
+    if columns[0] == "messages":
+        return lambda row: _messages_fault("messages", row["messages"], needs_assistant=True)
     return lambda row: _text_fault(columns[0], row[columns[0]])
 
 
@@ -148,11 +182,11 @@ def _messages_fault(column: str, messages: Any, *, needs_assistant: bool) -> tup
     for message in messages:
         if not isinstance(message, dict):
             return f"a message of `{column}` is not a mapping with role and content", repr(message)
-        role = str(message.get("role", message.get("from")))
+        role = str(message.get("role"))
         if role not in ROLES:
             hint = f" Write {SHAREGPT_ROLES[role]!r}." if role in SHAREGPT_ROLES else did_you_mean(role, ROLES)
             return f"unknown role in `{column}` (the roles are {', '.join(ROLES)})", f"{role!r}.{hint}"
-        content = message.get("content", message.get("value"))
+        content = message.get("content")
         if content is None and not message.get("tool_calls"):
             return f"a message of `{column}` has no content", f"role {role!r}"
         if content is not None and not isinstance(content, str):
@@ -164,10 +198,7 @@ def _messages_fault(column: str, messages: Any, *, needs_assistant: bool) -> tup
 
 
 def _tokenised_fault(row: Row) -> tuple[str, str] | None:
-    for column in ("labels", "completion_mask"):
-        if column in row and len(row[column] or ()) != len(row["input_ids"] or ()):
-            return (
-                f"`{column}` and `input_ids` differ in length",
-                f"{len(row[column] or ())} and {len(row['input_ids'] or ())}",
-            )
+    num_labels, num_tokens = len(row["labels"] or ()), len(row["input_ids"] or ())
+    if num_labels != num_tokens:
+        return "`labels` (or `completion_mask`) and `input_ids` differ in length", f"{num_labels} and {num_tokens}"
     return None
