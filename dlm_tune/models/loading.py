@@ -71,22 +71,17 @@ def load_model(
     check_weight_files(directory)
     dtype = _resolve_dtype(dtype)
     model_class = _model_class(config)
-    try:
-        model, report = model_class.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            quantization_config=_quantization_config(quantization, dtype),
-            attn_implementation=attn_implementation,
-            device_map=device_map,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {directory} do not fit its config.json (model_type {family.model_type!r}): "
-            f"{error}. Take both from the same checkpoint"
-        ) from error
+    model, report = model_class.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        quantization_config=_quantization_config(quantization, dtype),
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that they are reported below, by name and with both shapes
+        output_loading_info=True,
+    )
     _check_report(report, directory, family)
     # The name the user knows: adapters and model cards record it.
     model.name_or_path = model.config._name_or_path = str(path_or_repo)
@@ -199,6 +194,10 @@ def _check_report(report: dict[str, Any], directory: Path, family: ModelFamily) 
         keys = sorted(map(str, report.get(kind) or ()))
         if keys:
             faults.append(f"{len(keys)} weights are {wanted} ({', '.join(keys[:4])}{', ...' if keys[4:] else ''})")
+    mismatched = sorted(report.get("mismatched_keys") or (), key=str)
+    if mismatched:
+        shapes = [f"{name} is {list(found)} instead of {list(expected)}" for name, found, expected in mismatched[:3]]
+        faults.append(f"{len(mismatched)} weights have another shape ({'; '.join(shapes)})")
     if faults:
         raise ValueError(
             f"the weights in {directory} are not those of its config.json (model_type {family.model_type!r}): "
@@ -239,6 +238,11 @@ def _put_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
         trained_on = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
             f"the adapter {str(adapter)!r} (trained on {trained_on!r}) does not fit the model "
-            f"{model.name_or_path!r} ({type(model).__name__}): {error}. Give the model it was trained on"
+            f"{model.name_or_path!r} ({type(model).__name__}): {_first_lines(error)}. Give the model it was trained on"
         ) from error
     return peft_model
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".")
