@@ -81,16 +81,16 @@ def print_scores(
         table.add_column(column, justify="right")
     before_after = [results["before"], results["after"]]
     nelbo = [f"{part['eval_nelbo']:.3f} ± {part['eval_nelbo_standard_error']:.3f}" for part in before_after]
-    table.add_row("NELBO, nats per token (lower is better)", "-", *nelbo)
+    table.add_row("NELBO, nats per token", "-", *nelbo)
     for kind, label in (
-        ("rule_fails", f"exact match where the rule is wrong ({num_pairs['rule_fails']} pairs)"),
-        ("rule_ok", f"exact match where the rule is right ({num_pairs['rule_ok']} pairs)"),
-        ("all", "exact match, all pairs (weighted)"),
+        ("rule_fails", f"exact match, rule wrong ({num_pairs['rule_fails']})"),
+        ("rule_ok", f"exact match, rule right ({num_pairs['rule_ok']})"),
+        ("all", "exact match, all pairs"),
     ):
         table.add_row(label, *(percent(part, kind, error=which != "rule") for which, part in scores.items()))
     errors = (f"{100 * part.character_error_rate:.1f} %" for part in scores.values())
-    table.add_row("character error rate, all pairs", *errors)
-    table.caption = "± one standard error"
+    table.add_row("character error rate", *errors)
+    table.caption = '± one standard error; NELBO and error rate: lower is better; "all" weighs both kinds of pair'
     console.print(table)
 
 
@@ -116,7 +116,7 @@ def print_samples(console: Console, rows: list[dict], answers: dict[str, list[st
     for kind in KINDS:
         for i in [i for i, row in enumerate(rows) if kind_of(row) == kind][:NUM_SAMPLES]:
             given = (answers[which][i] for which in ("rule", "before", "after"))
-            table.add_row(rows[i]["prompt"], rows[i]["completion"], *given)
+            table.add_row(rows[i]["prompt"], rows[i]["completion"], *(repr(answer)[1:-1] for answer in given))
     console.print(table)
 
 
