@@ -82,7 +82,7 @@ def generate(
         ValueError: options or prompts that cannot be honoured.
         TypeError: an unknown option, or a model without the `position_mask` mode.
     """
-    config = _with_overrides(generation_config or DiffusionGenerationConfig(), overrides)
+    config = with_overrides(generation_config or DiffusionGenerationConfig(), overrides)
     canvas = make_canvas(input_ids, attention_mask, config.max_new_tokens, model.config)
     row_keys = torch.arange(len(input_ids)) if row_keys is None else row_keys
     if row_keys.shape != input_ids.shape[:1]:
@@ -237,7 +237,8 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(is_possible, tokens, probs.argmax(-1))
 
 
-def _with_overrides(config: DiffusionGenerationConfig, overrides: dict[str, Any]) -> DiffusionGenerationConfig:
+def with_overrides(config: DiffusionGenerationConfig, overrides: dict[str, Any]) -> DiffusionGenerationConfig:
+    """The configuration with some fields replaced; an unknown name is a TypeError that gives the nearest one."""
     names = {field.name for field in dataclasses.fields(config)}
     for name in overrides:
         if name not in names:
