@@ -103,9 +103,8 @@ def _quiet_libraries() -> None:
     """Silence what a user of the command line can do nothing about."""
     # transformers renames an argument that trl still sets
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # bitsandbytes and deepspeed report at import what they would use if it were there
-    for name in ("bitsandbytes", "DeepSpeed"):
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    # bitsandbytes reports at import what it would use if it were there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _is_for_user(error: Exception) -> bool:

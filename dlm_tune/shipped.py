@@ -45,8 +45,8 @@ def find_yaml(name: str, folder: str) -> Path:
     shortened = name.removeprefix(f"{folder}/").removesuffix(".yaml").removesuffix(".yml")
     if shortened in names:
         return shipped_root() / folder / f"{shortened}.yaml"
-    # `lora` alone, or the end of a longer name, is compared with the ends of the names as well as with the whole.
-    near = get_close_matches(shortened, names, n=3, cutoff=0.5) or [known for known in names if shortened in known]
+    # A part of a name (`lora`) is nearest to all names that hold it
+    near = [known for known in names if shortened in known] or get_close_matches(shortened, names, n=3, cutoff=0.5)
     listed = f"Nearest: {', '.join(near)}" if near else f"Available: {', '.join(names)}"
     raise ValueError(
         f"'{name}' is neither a file (from {Path.cwd()}) nor one of the shipped {folder.replace('_', ' ')}. {listed}."

@@ -114,6 +114,12 @@ class EvalArguments:
     )
     tasks_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
     tasks_limit: int | None = field(default=None, metadata={"help": "Only the first so many examples of each task."})
+    tasks_num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples in the prompts of the tasks; null is each task's own number."}
+    )
+    tasks_chat_template: bool = field(
+        default=False, metadata={"help": "Put the prompts of the tasks through the chat template."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "Write all figures here as JSON."})
 
 

@@ -63,7 +63,9 @@ CONDITIONS = [
     Condition(("fsdp_config",), "fsdp", bool, "fsdp: full_shard, or better an accelerate configuration"),
     Condition(("generation",), "generate", bool, "generate: true"),
     Condition(("num_prompts",), "generate", bool, "generate: true"),
-    Condition(("tasks_path", "tasks_limit"), "tasks", bool, "tasks: [NAME]"),
+    Condition(
+        ("tasks_path", "tasks_limit", "tasks_num_fewshot", "tasks_chat_template"), "tasks", bool, "tasks: [NAME]"
+    ),
 ]
 
 # Keys that the verb decides itself, with the reason.

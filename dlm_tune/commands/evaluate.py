@@ -139,14 +139,16 @@ def _evaluate_tasks(
         model,
         tokenizer,
         arguments.tasks or [],
-        generation_config=generation,
+        generation_config=generation if arguments.generation else None,
         include_path=arguments.tasks_path,
         limit=arguments.tasks_limit,
+        num_fewshot=arguments.tasks_num_fewshot,
+        apply_chat_template=arguments.tasks_chat_template,
     )
     for task, metrics in results.get("results", {}).items():
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         say(f"{task:25} {figures}")
-    return results
+    return {name: results[name] for name in ("results", "versions", "n-shot", "n-samples") if name in results}
 
 
 def _write(output_file: str | None, results: dict[str, Any]) -> None:

@@ -102,6 +102,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "tasks",
             "tasks_path",
             "tasks_limit",
+            "tasks_num_fewshot",
+            "tasks_chat_template",
             "output_file",
         ),
         "Model": (*_MODEL[:1], "adapter", *_MODEL[1:]),
