@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlm_tune.diffusion import NELBOEstimate, enumerate_nelbo, noise_bank, summarise_replicates
 
@@ -29,7 +31,7 @@ class LogLikelihood:
 
 @torch.no_grad()
 def estimate_nelbo(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     target_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -66,7 +68,7 @@ def estimate_nelbo(
     target_mask = _check_targets(model, attention_mask, target_mask)
     num_tokens = target_mask.sum(dim=1)
 
-    def cross_entropy(noisy_input_ids: Tensor, masked: Tensor, rows: slice) -> Tensor:
+    def cross_entropy(rows: slice, noisy_input_ids: Tensor, masked: Tensor) -> Tensor:
         return model(
             input_ids=noisy_input_ids,
             attention_mask=attention_mask[rows],
@@ -81,7 +83,7 @@ def estimate_nelbo(
             nats = input_ids.new_tensor(
                 [
                     enumerate_nelbo(
-                        lambda noisy, masked, i=i: cross_entropy(noisy, masked, slice(i, i + 1)),
+                        partial(cross_entropy, slice(i, i + 1)),
                         input_ids[i],
                         target_mask[i],
                         model.config.mask_token_id,
@@ -104,7 +106,7 @@ def estimate_nelbo(
             masking=estimator,
         )
         for noisy in bank:
-            nll = cross_entropy(noisy.noisy_input_ids, noisy.masked, slice(None))
+            nll = cross_entropy(slice(None), noisy.noisy_input_ids, noisy.masked)
             rows = noisy.masked.nonzero()[:, 0]
             samples.append(noisy.weights * torch.zeros_like(noisy.weights).index_add(0, rows, nll))
     finally:
@@ -115,7 +117,7 @@ def estimate_nelbo(
     return NELBOEstimate(nats.cpu(), standard_error.cpu(), num_tokens.cpu())
 
 
-def _check_targets(model: nn.Module, attention_mask: Tensor, target_mask: Tensor | None) -> Tensor:
+def _check_targets(model: Any, attention_mask: Tensor, target_mask: Tensor | None) -> Tensor:
     attended = attention_mask.bool()
     if target_mask is None:
         target_mask = attended.clone()
@@ -138,7 +140,7 @@ def _check_targets(model: nn.Module, attention_mask: Tensor, target_mask: Tensor
 
 
 def log_likelihood(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     num_samples: int = 128,

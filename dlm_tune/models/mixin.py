@@ -27,6 +27,8 @@ class MaskedTokenScores(ModelOutput):
 class DiffusionMixin:
     """Adds masked-diffusion forward modes to a `*ForCausalLM` class whose attention is bidirectional."""
 
+    config: Any
+
     def forward(
         self,
         input_ids: Tensor | None = None,
