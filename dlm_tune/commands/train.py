@@ -44,7 +44,7 @@ def run_training(verb: str, recipe: Recipe) -> None:
     trainer.save_state()
     after = trainer.evaluate() if trainer.eval_dataset is not None else None
     if trainer.is_world_process_zero():
-        _write_results(Path(config.output_dir), verb, recipe, before, after)
+        _write_results(trainer, verb, recipe, before, after)
         _print_summary(trainer, before, after, model_arguments)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -164,11 +164,23 @@ def _find_checkpoint(folder: Path, value: str) -> str:
 
 
 def _write_results(
-    folder: Path, verb: str, recipe: Recipe, before: dict[str, float] | None, after: dict[str, float] | None
+    trainer: DiffusionTrainer,
+    verb: str,
+    recipe: Recipe,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
 ) -> None:
+    folder = Path(trainer.args.output_dir)
     header = f"The recipe of this run, flags included.\n  dlm-tune {verb} --config recipe.yaml\ndlm-tune {__version__}"
     (folder / "recipe.yaml").write_text(recipe.to_yaml(header), encoding="utf-8")
-    results = {"before": before, "after": after, "torch": torch.__version__, "dlm_tune": __version__}
+    results = {
+        "before": before,
+        "after": after,
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "torch": torch.__version__,
+        "dlm_tune": __version__,
+    }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
