@@ -30,6 +30,10 @@ _METRICS = {
 
 def run_training(verb: str, recipe: Recipe) -> None:
     """Train as a recipe says, and leave weights, tokenizer, `recipe.yaml` and `results.json` in `output_dir`."""
+    if not recipe.get("output_dir"):  # trl would fill in a folder of its own
+        raise RecipeError(
+            ["output_dir is missing: the folder for the weights, for example outputs/my-run."], recipe.title
+        )
     run_arguments, model_arguments, data_arguments, config = recipe.build()
     check_processes()
     checkpoint = prepare_output_dir(config, run_arguments.overwrite_output_dir)
@@ -123,10 +127,8 @@ def prepare_output_dir(config: DiffusionConfig, overwrite: bool) -> str | None:
         The checkpoint's folder, or None for a fresh start.
 
     Raises:
-        ValueError: no `output_dir`; it is not empty; nothing to resume from.
+        ValueError: `output_dir` is not empty; nothing to resume from.
     """
-    if not config.output_dir:
-        raise ValueError("output_dir is missing: the folder for the weights, for example outputs/my-run.")
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint:
         return _find_checkpoint(folder, config.resume_from_checkpoint)
