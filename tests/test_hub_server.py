@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import HubServer
+from tests.tiny_models import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,12 +59,11 @@ for wrong in ({"dataset_name": "user/pears"}, {"dataset_name": "user/pairs", "da
 
 
 def test_a_model_loads_by_its_hub_name(hub, tmp_path):
+    directory = save_tiny_checkpoint(tmp_path / "checkpoint")
     push = f"""
 from huggingface_hub import HfApi
-from tests.tiny_models import save_tiny_checkpoint
-directory = save_tiny_checkpoint({str(tmp_path / "checkpoint")!r})
 HfApi().create_repo("user/tiny-llada")
-HfApi().upload_folder(folder_path=directory, repo_id="user/tiny-llada")
+HfApi().upload_folder(folder_path={str(directory)!r}, repo_id="user/tiny-llada")
 """
     run(hub, tmp_path / "pusher", push)
     load = """
