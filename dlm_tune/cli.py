@@ -103,8 +103,9 @@ def _quiet_libraries() -> None:
     """Silence what a user of the command line can do nothing about."""
     # transformers renames an argument that trl still sets
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # bitsandbytes reports at import what it would use if it were there
+    # bitsandbytes and deepspeed report at import what they would use if it were there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _is_for_user(error: Exception) -> bool:

@@ -72,4 +72,6 @@ def inference_device_map(use_cpu: bool) -> dict[str, Any] | None:
     """Whole model on the accelerator, where there is one and it is wanted."""
     if use_cpu or not torch.accelerator.is_available():
         return None
-    return {"": torch.accelerator.current_accelerator()}
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None  # there is one
+    return {"": torch.device(accelerator.type, torch.accelerator.current_device_index())}

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from dlm_tune.commands.arguments import EvalArguments
-from dlm_tune.commands.checkpoint import inference_device_map, load_checkpoint
+from dlm_tune.commands.checkpoint import load_checkpoint
 from dlm_tune.commands.launch import check_processes
 from dlm_tune.commands.run import say
 from dlm_tune.data import load_datasets
@@ -39,7 +39,7 @@ def run_eval(recipe: Recipe) -> None:
         check_processes()
         dataset = _evaluation_data(data_arguments, config)
         model, tokenizer = load_checkpoint(
-            model_arguments, adapter=arguments.adapter, device_map=inference_device_map(config.use_cpu)
+            model_arguments, adapter=arguments.adapter, device_map=None if config.use_cpu else {"": config.device}
         )
         # Evaluation needs no training data; the trainer asks for some
         trainer = DiffusionTrainer(
