@@ -210,6 +210,25 @@ def test_eval_of_a_file_without_a_recipe(workspace, tmp_path):
     assert json.loads(output.read_text())["likelihood"]["eval_num_rows"] == 4
 
 
+@pytest.mark.slow
+def test_eval_runs_a_task_of_the_harness(workspace, tmp_path):
+    rows = [{"question": f"w{i} is ", "choices": ["a", "b"], "label": i % 2} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(
+        f"task: tiny_choice\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: label\nmetric_list: [{metric: acc}]\nmetadata: {version: 1}\n"
+    )
+    output = tmp_path / "figures.json"
+    arguments = ["eval", "--debug", "--model_name_or_path", str(workspace / "model"), "--output_file", str(output)]
+    arguments += ["--eval_dataset_name", str(workspace / "pairs" / "test.jsonl")]
+    assert main([*arguments, "--tasks", "tiny_choice", "--tasks_path", str(tmp_path), "--tasks_limit", "2"]) == 0
+    figures = json.loads(output.read_text())
+    assert figures["likelihood"]["eval_num_rows"] == 4
+    assert 0 <= figures["tasks"]["results"]["tiny_choice"]["acc,none"] <= 1
+    assert figures["tasks"]["n-samples"]["tiny_choice"]["effective"] == 2
+
+
 def test_chat_answers_a_line(workspace, capsys, monkeypatch):
     lines = iter(["hello"])
 
