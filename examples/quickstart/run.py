@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from inflection_data import DEFAULT_OUTPUT_DIR as DATA
-from inflection_data import write_pairs
+from inflection_data import write_jsonl, write_pairs
 from rich.console import Console
 from rich.table import Table
 from scoring import KINDS, Scores, choose_rows, kind_of, rule_answer, score
@@ -49,11 +49,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(arguments: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
+def train(arguments: argparse.Namespace, model_dir: Path, eval_file: Path) -> dict[str, Any]:
     """Run `dlm-tune sft` as a user would, and return what it measured: results.json, and the seconds it took."""
     overrides = {
         "output_dir": model_dir,
-        "eval_dataset_name": DATA / f"{arguments.split}.jsonl",
+        "eval_dataset_name": eval_file,
         "seed": arguments.seed,
         "noise_seed": arguments.seed,
         "max_steps": 4 if arguments.smoke else arguments.max_steps,
@@ -112,7 +112,7 @@ def print_comparison(console: Console, scores: dict[str, Scores]) -> None:
 def print_samples(console: Console, rows: list[dict], answers: dict[str, list[str]]) -> None:
     table = Table(title="Samples", title_justify="left")
     for column in ("prompt", "expected", "spelling rule", "before", "after"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "prompt")
     for kind in KINDS:
         for i in [i for i, row in enumerate(rows) if kind_of(row) == kind][:NUM_SAMPLES]:
             given = (answers[which][i] for which in ("rule", "before", "after"))
@@ -145,7 +145,11 @@ def main() -> None:
     if arguments.all_pairs:
         rows = choose_rows(population, None, None)
 
-    results = train(arguments, model_dir)
+    eval_file = DATA / f"{arguments.split}.jsonl"
+    if arguments.smoke:
+        eval_file = arguments.output_dir / "smoke.jsonl"
+        write_jsonl(eval_file, rows)
+    results = train(arguments, model_dir, eval_file)
 
     base = recipe["model_name_or_path"]
     after = load_model(base, adapter=str(model_dir)) if recipe.get("use_peft") else load_model(str(model_dir))
