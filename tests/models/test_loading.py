@@ -229,6 +229,30 @@ def test_weights_of_another_shape_are_an_error(llada: Path) -> None:
         load_model(llada)
 
 
+def test_redundant_weights_are_not_errors(tmp_path: Path) -> None:
+    """A tied model's second table, and the rotary frequencies that old Llama files carry."""
+    tied = save_tiny_checkpoint(tmp_path / "tied", "llada", weight_tying=True)
+    weights = load_file(tied / "model.safetensors")
+    weights["model.transformer.ff_out.weight"] = weights["model.transformer.wte.weight"].clone()
+    save_file(weights, tied / "model.safetensors", {"format": "pt"})
+    model = load_model(tied)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    llama = save_decoder(tmp_path / "llama", "llama")
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, llama / "model.safetensors", {"format": "pt"})
+    assert load_model(llama).config.mask_token_id == 2
+
+
+def test_quantised_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    full = save_tiny_checkpoint(tmp_path / "full", "llada", d_model=64, mlp_hidden_size=128)
+    quantised = load_model(full, quantization="4bit")
+    quantised.save_pretrained(tmp_path / "nf4")  # before any forward: bitsandbytes repacks the weights on CPU
+    tokens = torch.randint(3, 100, (1, 9))
+    assert torch.equal(logits_of(load_model(tmp_path / "nf4"), tokens), logits_of(quantised, tokens))
+
+
 @pytest.mark.parametrize("setting", [{"dtype": "float31"}, {"dtype": "int8"}, {"quantization": "2bit"}])
 def test_unknown_settings_name_the_choices(llada: Path, setting: dict) -> None:
     ((name, value),) = setting.items()

@@ -131,6 +131,10 @@ def test_adapter_directory_uses_its_own_tokenizer_or_the_bases(tmp_path: Path) -
     base = save_tiny_checkpoint(tmp_path / "base", "llada")
     adapter, _ = save_adapter(base, tmp_path / "adapter")
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab()
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match=r"adapter without a tokenizer.*base_model_name_or_path"):
+        load_tokenizer(adapter)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
