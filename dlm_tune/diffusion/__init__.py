@@ -1,4 +1,4 @@
-"""Masked (absorbing-state) diffusion in plain torch: noise, schedules, timesteps, corruption, losses, likelihood bounds.
+"""Masked (absorbing-state) diffusion in plain torch: noise, schedules, corruption, losses, likelihood bounds.
 
 Notation: `B` rows, `L` positions, `A` maskable target tokens of a row, `t` in [0, 1], `alpha_t` = probability that a
 token is still clean at `t`, mask probability `p = 1 - alpha_t`. Nothing here imports from the rest of the package.

@@ -68,33 +68,20 @@ def estimate_nelbo(
     target_mask = _check_targets(model, attention_mask, target_mask)
     num_tokens = target_mask.sum(dim=1)
 
-    def cross_entropy(rows: slice, noisy_input_ids: Tensor, masked: Tensor) -> Tensor:
-        return model(
-            input_ids=noisy_input_ids,
-            attention_mask=attention_mask[rows],
-            target_ids=input_ids[rows],
-            target_mask=masked,
-        ).token_nll.double()
-
+    cross_entropy = partial(_cross_entropy, model, input_ids, attention_mask)
     was_training = model.training
     model.eval()
     try:
         if estimator == "enumeration":
-            nats = input_ids.new_tensor(
+            nats = torch.tensor(
                 [
-                    enumerate_nelbo(
-                        partial(cross_entropy, slice(i, i + 1)),
-                        input_ids[i],
-                        target_mask[i],
-                        model.config.mask_token_id,
-                    )
-                    for i in range(len(input_ids))
+                    enumerate_nelbo(partial(cross_entropy, slice(i, i + 1)), row, targets, model.config.mask_token_id)
+                    for i, (row, targets) in enumerate(zip(input_ids, target_mask, strict=True))
                 ],
                 dtype=torch.float64,
             )
-            return NELBOEstimate(nats.cpu(), torch.zeros_like(nats).cpu(), num_tokens.cpu())
+            return NELBOEstimate(nats, torch.zeros_like(nats), num_tokens.cpu())
         replicates = next(r for r in range(min(MAX_REPLICATES, num_samples), 0, -1) if num_samples % r == 0)
-        samples = []
         bank = noise_bank(
             input_ids,
             target_mask,
@@ -105,6 +92,7 @@ def estimate_nelbo(
             mask_token_id=model.config.mask_token_id,
             masking=estimator,
         )
+        samples = []
         for noisy in bank:
             nll = cross_entropy(slice(None), noisy.noisy_input_ids, noisy.masked)
             rows = noisy.masked.nonzero()[:, 0]
@@ -115,6 +103,15 @@ def estimate_nelbo(
     if estimator == "exact_count":
         standard_error = standard_error.where(num_tokens > 1, 0.0)
     return NELBOEstimate(nats.cpu(), standard_error.cpu(), num_tokens.cpu())
+
+
+def _cross_entropy(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, rows: slice, noisy_input_ids: Tensor, masked: Tensor
+) -> Tensor:
+    """(N,) float64 cross-entropy of the masked tokens of some rows."""
+    return model(
+        input_ids=noisy_input_ids, attention_mask=attention_mask[rows], target_ids=input_ids[rows], target_mask=masked
+    ).token_nll.double()
 
 
 def _check_targets(model: Any, attention_mask: Tensor, target_mask: Tensor | None) -> Tensor:

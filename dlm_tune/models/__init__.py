@@ -10,7 +10,7 @@ from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
 from dlm_tune.models.loading import load_model
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores
-from dlm_tune.models.tokenizer import load_tokenizer
+from dlm_tune.models.tokenizer import embedding_rows, load_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +21,7 @@ __all__ = [
     "LLaDAModelLM",
     "MaskedTokenScores",
     "ModelFamily",
+    "embedding_rows",
     "end_of_turn_ids",
     "load_model",
     "load_tokenizer",

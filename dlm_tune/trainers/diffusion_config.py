@@ -55,7 +55,8 @@ class DiffusionConfig(SFTConfig):
         overlong_rows: `error`, `drop`, `truncate` the answer's end, or `split` plain text into windows.
 
     Defaults that differ from `SFTConfig`: `assistant_only_loss` is chosen by the data (true for `messages`),
-    `logging_nan_inf_filter` is false since a loss that is not finite stops the run.
+    `logging_nan_inf_filter` is false since a loss that is not finite stops the run,
+    `ddp_find_unused_parameters` is false since every parameter takes part in every step.
 
     Raises:
         ValueError: all faults at once, each with field, value, reason and remedy.
@@ -106,6 +107,10 @@ class DiffusionConfig(SFTConfig):
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay false: a loss that is not finite stops the run."}
+    )
+    # every parameter takes part in every step, also where no token of a microbatch is masked
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient under DDP; not needed here."}
     )
 
     def __post_init__(self) -> None:

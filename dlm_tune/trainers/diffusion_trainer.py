@@ -15,9 +15,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
-from trl.data_utils import is_conversational, is_conversational_from_value
+from trl.data_utils import is_conversational
 
-from dlm_tune.data import DiffusionCollator, check_rows
+from dlm_tune.data import DiffusionCollator, check_raw_rows, check_rows
 from dlm_tune.diffusion import (
     NOISE_SCHEDULES,
     TIMESTEP_SAMPLERS,
@@ -29,7 +29,7 @@ from dlm_tune.diffusion import (
     loss_weights,
     noise_bank,
 )
-from dlm_tune.models import DiffusionMixin, end_of_turn_ids, load_model, load_tokenizer
+from dlm_tune.models import DiffusionMixin, embedding_rows, end_of_turn_ids, load_model, load_tokenizer
 from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionConfig
 from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
 
@@ -69,16 +69,7 @@ class DiffusionTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(
-                f"train_dataset is a {type(train_dataset).__name__}; noise is keyed by the row's index, so a "
-                "map-style `datasets.Dataset` is needed. Load it without streaming."
-            )
-        if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
-            raise ValueError(
-                "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
-                "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
-            )
+        self._check_arguments(train_dataset, kwargs)
         if isinstance(model, str):
             quantization = kwargs.pop("quantization_config", None)
             model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
@@ -91,12 +82,18 @@ class DiffusionTrainer(SFTTrainer):
             )
         if processing_class is None:
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
+        if not kwargs.get("formatting_func"):
+            train_dataset = self._check_raw(train_dataset, args, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: self._check_raw(part, args, name) for name, part in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = self._check_raw(eval_dataset, args, "eval")
         if args.assistant_only_loss is None:
             first_row = next(iter(train_dataset))
-            conversation = is_conversational(first_row) or is_conversational_from_value(first_row)
-            args.assistant_only_loss = conversation and "prompt" not in first_row
+            args.assistant_only_loss = is_conversational(first_row) and "prompt" not in first_row
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift
+        self.vocab_size: int = embedding_rows(base_model.config)
         super().__init__(
             model=model,
             args=args,
@@ -116,6 +113,19 @@ class DiffusionTrainer(SFTTrainer):
         self._num_tokens: Tensor | None = None
 
     @staticmethod
+    def _check_arguments(train_dataset: Any, kwargs: dict[str, Any]) -> None:
+        if not isinstance(train_dataset, Dataset):
+            raise TypeError(
+                f"train_dataset is a {type(train_dataset).__name__}; noise is keyed by the row's index, so a "
+                "map-style `datasets.Dataset` is needed. Load it without streaming."
+            )
+        if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
+            raise ValueError(
+                "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
+                "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
+            )
+
+    @staticmethod
     def _make_collator(tokenizer: PreTrainedTokenizerBase, args: DiffusionConfig) -> DiffusionCollator:
         return DiffusionCollator(
             pad_token_id=tokenizer.pad_token_id,
@@ -128,6 +138,13 @@ class DiffusionTrainer(SFTTrainer):
         )
 
     # Data
+
+    @staticmethod
+    def _check_raw(dataset: Dataset, args: DiffusionConfig, name: str) -> Dataset:
+        if "row_index" in dataset.column_names:
+            return dataset
+        with args.main_process_first(desc=f"checking the {name} rows"):
+            return check_raw_rows(dataset, args.invalid_rows, name, text_field=args.dataset_text_field)
 
     def _prepare_dataset(
         self,
@@ -144,15 +161,17 @@ class DiffusionTrainer(SFTTrainer):
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-        return check_rows(
-            dataset,
-            mask_token_id=self.mask_token_id,
-            max_length=args.max_length,
-            invalid_rows=args.invalid_rows,
-            overlong_rows=args.overlong_rows,
-            first_target_position=1 if self.logits_shift else 0,
-            name=dataset_name,
-        )
+        with args.main_process_first(desc=f"checking the tokenised {dataset_name} rows"):
+            return check_rows(
+                dataset,
+                mask_token_id=self.mask_token_id,
+                max_length=args.max_length,
+                invalid_rows=args.invalid_rows,
+                overlong_rows=args.overlong_rows,
+                first_target_position=1 if self.logits_shift else 0,
+                name=dataset_name,
+                vocab_size=self.vocab_size,
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row_index"]
@@ -278,6 +297,14 @@ class DiffusionTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
 
     # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out likelihood bound of a data set, raw or prepared, by default the one given at construction."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self._check_raw(eval_dataset, self.args, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -331,3 +331,27 @@ def test_refusals_name_the_remedy(tmp_path):
             processing_class=tiny_tokenizer(),
             compute_metrics=print,
         )
+
+
+def test_rows_are_checked_before_tokenisation(tmp_path):
+    with pytest.raises(ValueError, match="invalid_rows"):
+        make_trainer(tmp_path, rows=[*PAIRS, {"prompt": "empty: ", "completion": None}])
+    assert (
+        len(
+            make_trainer(
+                tmp_path, rows=[*PAIRS, {"prompt": "x", "completion": None}], invalid_rows="drop"
+            ).train_dataset
+        )
+        == 8
+    )
+
+
+def test_completion_mask_of_tokenised_rows_is_honoured(tmp_path):
+    trainer = make_trainer(tmp_path, rows=[{"input_ids": [10, 11, 12, 13], "completion_mask": [0, 0, 1, 1]}])
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["target_mask"][0].tolist() == [False, False, True, True, True], "two tokens and the EOS"
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocab"):
+        make_trainer(tmp_path, rows=[{"input_ids": [10, 5000]}])
