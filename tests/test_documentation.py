@@ -48,7 +48,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 EXPECTED_BLOCKS = {
-    "bash": 3, "bash slow": 0, "bash gpu": 1, "python": 1, "python slow": 0, "python gpu": 0, SET_UP: 2,
+    "bash": 7, "bash slow": 2, "bash gpu": 5, "python": 4, "python slow": 0, "python gpu": 2, SET_UP: 3,
 }  # fmt: skip
 
 
