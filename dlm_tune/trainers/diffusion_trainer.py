@@ -201,7 +201,7 @@ class DiffusionTrainer(SFTTrainer):
         """
         args = self.args
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batch_size = args.per_device_train_batch_size
+        batch_size = args.train_batch_size  # of this process: all its devices under nn.DataParallel
         num_slots = args.gradient_accumulation_steps * world_size * batch_size
         counts = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
         for microstep, batch in enumerate(batches):

@@ -148,6 +148,33 @@ def test_noise_is_fresh_in_every_epoch_and_the_same_in_every_run(tmp_path):
     assert not torch.equal(masks(3, 1), masks(4, 1))
 
 
+def test_masks_are_keyed_by_the_pass_over_the_data(tmp_path, monkeypatch):
+    """Seven rows in microbatches of two, two of them a step: two steps a pass, the last one ragged."""
+    trainer = make_trainer(
+        tmp_path, rows=PAIRS[:7], per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5
+    )
+    seen, corrupt_batches = [], trainer.corrupt_batches
+
+    def record(batches, step, epoch):
+        seen.append((step, epoch))
+        corrupt_batches(batches, step, epoch)
+
+    monkeypatch.setattr(trainer, "corrupt_batches", record)
+    trainer.train()
+    assert seen == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
+
+
+def test_strata_span_all_devices_of_a_process(tmp_path):
+    """Without a launcher, transformers gives each of two visible GPUs `per_device_train_batch_size` rows."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.args._n_gpu = 2
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    batches = [trainer.data_collator(rows[:4]), trainer.data_collator(rows[4:])]
+    trainer.corrupt_batches(batches, step=0, epoch=0)
+    timesteps = torch.cat([batch["noisy"].timesteps for batch in batches])
+    assert (timesteps * 8).long().sort().values.tolist() == list(range(8))
+
+
 def test_position_zero_is_never_a_target_of_a_shifted_model(tmp_path):
     trainer = make_trainer(tmp_path, tiny_dream(), rows=[{"text": "abcdef"}, {"text": "gh"}], eos_policy="one")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -176,6 +203,8 @@ def test_evaluation_is_repeatable_and_independent_of_batch_size_and_training_noi
     for evaluation in evaluations[2:]:
         for key in ("eval_nelbo", "eval_nelbo_standard_error", "eval_masked_accuracy", "eval_nll_masked_75_100"):
             assert evaluation[key] == pytest.approx(evaluations[0][key], rel=1e-6)
+    other_seed = make_trainer(tmp_path, eval_rows=PAIRS[:7], noise_seed=1).evaluate()
+    assert other_seed["eval_nelbo"] != evaluations[0]["eval_nelbo"]
     assert evaluations[0]["eval_num_rows"] == 7
     assert evaluations[0]["eval_perplexity_bound"] == pytest.approx(math.exp(evaluations[0]["eval_nelbo"]))
 
