@@ -4,8 +4,8 @@ A harness model answers three questions; each has its own meaning for a diffusio
 
 - `loglikelihood`: a lower bound, minus the NELBO of the continuation given its context (LLaDA, eq. 6). `is_greedy` is
   whether unmasking the most confident position at a time writes the continuation.
-- `loglikelihood_rolling`: the text is cut into windows whose scored tokens are disjoint; each is scored given up to
-  `max_length - rolling_stride` tokens before it. The sum is a lower bound for the model with that context.
+- `loglikelihood_rolling`: the text is cut into windows whose scored tokens are disjoint; each is scored given the
+  tokens before it that fit `max_length` with it. The sum is a lower bound for the model with that context.
 - `generate_until`: the sampler fills a canvas of the task's `max_gen_toks`; stop strings are applied to the text.
 """
 
@@ -140,11 +140,10 @@ class DiffusionHarnessMethods:
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         prefix = self._prefix()
+        room = self.max_length - len(prefix)
         for index, request in enumerate(requests):
             token_ids = self._encode(request.args[0])
-            for context_start, start, end in rolling_windows(
-                len(token_ids), self.max_length - len(prefix), self.rolling_stride
-            ):
+            for context_start, start, end in rolling_windows(len(token_ids), room, min(self.rolling_stride, room)):
                 pairs.append((prefix + token_ids[context_start:start], token_ids[start:end]))
                 owners.append(index)
         totals = [0.0] * len(requests)
@@ -301,8 +300,8 @@ class DiffusionHarnessMethods:
 def rolling_windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:
     """`(context start, start, end)` of windows that score each of `num_tokens` once: tokens `start..end-1`.
 
-    The first window scores `max_length` tokens, the others `stride` each, after up to `max_length - stride` tokens of
-    context.
+    The first window scores `max_length` tokens, the others `stride` each (the last one what is left), after as many
+    tokens of context as fit `max_length`. `stride` is at most `max_length`.
     """
     windows, start = [], 0
     while start < num_tokens:

@@ -152,6 +152,16 @@ def test_rolling_scores_add_up_over_windows(make_model):
     assert answers == pytest.approx([expected[:-1].sum().item(), expected[-1].item(), 0.0])
 
 
+@pytest.mark.parametrize("make_model", [tiny_llada, tiny_dream])
+def test_rolling_windows_with_their_prefix_fit_max_length(make_model, monkeypatch):
+    lm = harness_model(make_model(), max_length=9, rolling_stride=9)
+    seen = []
+    monkeypatch.setattr(lm, "_score", lambda pairs: seen.extend(pairs) or [0.0] * len(pairs))
+    lm.loglikelihood_rolling(instances("loglikelihood_rolling", ("0123456789abcdefghijkl",)))
+    assert len(seen) == 3
+    assert max(len(context) + len(scored) for context, scored in seen) == 9
+
+
 def test_generate_until_fills_the_tasks_canvas_and_cuts_the_text():
     model, tokenizer = tiny_llada(seed=5), tiny_tokenizer()
     prompt = torch.tensor([tokenizer("tell me")["input_ids"]])
