@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NoiseStream, corrupt, counter_uniform
@@ -49,11 +49,13 @@ def test_only_targets_are_masked(targets, t, masking, seed):
 
 
 @given(t=st.floats(0, 1, exclude_max=True), total=st.integers(1, 12))
+@example(t=1 / 3, total=3)
 def test_exact_count_masks_the_drawn_number(t, total):
     target_mask = torch.arange(12)[None] < total
     _, noisy = noisy_rows(target_mask, torch.tensor([t], dtype=torch.float64), "exact_count")
     count = int(noisy.masked.sum())
-    assert count == min(math.floor(t * total) + 1, total)
+    # `1 - (1 - t)` as the schedule rounds it: at t = 1 / 3, `3 t` rounds to 1 and this does not
+    assert count == min(math.floor((1 - (1 - t)) * total) + 1, total)
     assert noisy.weights.item() == pytest.approx(total / count, rel=1e-12)
 
 
