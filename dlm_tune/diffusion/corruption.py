@@ -7,7 +7,7 @@
   `l = floor(p(t) A) + 1` has probability `q(l) = t(l / A) - t((l - 1) / A)` with `t(p)` the inverse of `p(t)`, and
   the weight is `1 / (l q(l))`. Never an empty mask, no cut-off at small `t`, and a much lighter tail than `1 / p`.
 
-Both have the same expectation, the continuous-time NELBO.
+Both have the same expectation, the continuous-time NELBO (`bernoulli` up to a bias of order `noise_epsilon`).
 """
 
 from dataclasses import dataclass

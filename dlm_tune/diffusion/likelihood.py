@@ -50,7 +50,7 @@ def noise_bank(
     schedule: str = "linear",
     noise_epsilon: float = 1e-3,
 ) -> Iterator[NoisyBatch]:
-    """The fixed noise with which rows are evaluated: always the same for a row, in any batch, run or process.
+    """The fixed noise with which rows are evaluated: the same for a row in any run, process or right-padded batch.
 
     Each replicate takes `num_samples / num_replicates` timesteps `t_j = (j / n + v) mod 1` with one uniform `v`:
     systematic sampling with a real offset, so every mask count is drawn with exactly its probability. (Rounding

@@ -8,7 +8,7 @@ The hash chains the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splitt
 OOPSLA 2014) over the keys.
 """
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ _FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
 _SECOND_MULTIPLIER = 0x94D049BB133111EB
 
 
+@unique
 class NoiseStream(IntEnum):
     """First key after the seed: keeps the uses of noise independent of each other."""
 

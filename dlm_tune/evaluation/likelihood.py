@@ -148,7 +148,7 @@ def log_likelihood(
 
     Args:
         model: a model of `load_model`.
-        prompts: token ids of each prompt; may be empty.
+        prompts: token ids of each prompt; may be empty, unless the model's logits are shifted.
         completions: token ids of each completion; an empty one scores 0.
         num_samples: forward passes per row (a one-token completion is exact whatever the number).
         seed: noise seed; the noise of pair `i` is keyed by `(seed, i)`, whatever the batch size.

@@ -6,7 +6,16 @@ import numpy
 import pytest
 import torch
 
-from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, corrupt, enumerate_nelbo, noise_bank, summarise_replicates
+from dlm_tune.diffusion import (
+    MASKINGS,
+    NOISE_SCHEDULES,
+    NoiseStream,
+    corrupt,
+    counter_uniform,
+    enumerate_nelbo,
+    noise_bank,
+    summarise_replicates,
+)
 from tests.oracles import MASK, TableModel, any_order_nelbo, order_mixture_log_likelihood
 
 LENGTH = 4
@@ -111,6 +120,42 @@ def test_every_mask_count_has_exactly_its_probability(num_samples, total):
     # strata make the counts of one row more even than independent ones: the statistic is below the usual bound
     statistic = sum((counts[count] - expected) ** 2 / expected for count in range(1, total + 1))
     assert statistic < 2.2 * total + 8
+
+
+def test_timesteps_are_systematic_in_a_replicate_and_independent_between_replicates():
+    rows = 2000
+    bank = noise_bank(
+        torch.zeros(rows, 2, dtype=torch.long),
+        torch.ones(rows, 2, dtype=torch.bool),
+        torch.arange(rows),
+        seed=0,
+        num_samples=6,
+        num_replicates=2,
+        mask_token_id=1,
+    )
+    t = torch.stack([noisy.timesteps for noisy in bank], dim=1).view(rows, 2, 3)
+    strata = (t * 3).long().sort(dim=2).values
+    assert (strata == torch.arange(3)).all()
+    torch.testing.assert_close(t.diff(dim=2) % 1, torch.full((rows, 2, 2), 1 / 3, dtype=torch.float64))
+    assert abs(torch.corrcoef(t[:, :, 0].T)[0, 1]) < 4 / rows**0.5
+
+
+def test_evaluation_masks_are_not_those_of_training():
+    """The keys have the same form, so only the stream keeps row r, sample s apart from epoch r, row s."""
+    keys, positions = torch.arange(4), torch.arange(64)
+    input_ids, target_mask = torch.zeros(4, 64, dtype=torch.long), torch.ones(4, 64, dtype=torch.bool)
+    bank = noise_bank(input_ids, target_mask, keys, seed=0, num_samples=4, mask_token_id=1)
+    for sample, noisy in enumerate(bank):
+        training = corrupt(
+            input_ids,
+            target_mask,
+            noisy.timesteps,
+            counter_uniform(0, NoiseStream.MASK, keys[:, None], sample, positions),
+            schedule=NOISE_SCHEDULES["linear"],
+            masking="exact_count",
+            mask_token_id=1,
+        )
+        assert not torch.equal(training.masked, noisy.masked)
 
 
 def test_one_target_token_has_no_variance():

@@ -31,3 +31,14 @@ def test_each_slot_is_uniform_over_steps(sample):
     drawn = torch.stack([sample(0, step, torch.arange(8), 8) for step in range(4000)])
     assert ((drawn.mean(0) - 0.5).abs() < 4 * (1 / 12 / 4000) ** 0.5).all()
     assert ((drawn.var(0) - 1 / 12).abs() < 4 * (1 / 180 / 4000) ** 0.5).all()
+
+
+def test_jitter_is_uniform_within_strata_and_independent_of_them():
+    """`8 t` = stratum + jitter: the jitter's mean, variance, correlation with the stratum and with its neighbour's."""
+    drawn = torch.stack([stratified(0, step, torch.arange(8), 8) for step in range(2000)]) * 8
+    stratum, jitter = drawn.floor(), drawn % 1
+    n = jitter.numel()
+    assert abs(jitter.mean() - 0.5) < 4 * (1 / 12 / n) ** 0.5
+    assert abs(jitter.var() - 1 / 12) < 4 * (1 / 180 / n) ** 0.5
+    for one, other in ((jitter, stratum), (jitter[:, :-1], jitter[:, 1:])):
+        assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 4 / n**0.5

@@ -45,5 +45,17 @@ def test_standard_error_of_equal_lengths_is_the_textbook_one():
     assert nelbo_standard_error(statistics) == pytest.approx(float(expected), rel=1e-12)
 
 
+def test_standard_error_of_unequal_lengths_is_the_spread_over_data_sets():
+    """Nats grow with length: the error of the ratio is far below that of the sum. 2000 data sets are the oracle."""
+    generator = torch.Generator().manual_seed(0)
+    statistics = torch.zeros(2000, 100, 18, dtype=torch.float64)
+    targets = torch.randint(1, 40, (2000, 100), generator=generator).double()
+    statistics[..., 3] = targets
+    statistics[..., 2] = targets * (2 + 0.2 * torch.randn(2000, 100, generator=generator, dtype=torch.float64))
+    spread = (statistics[..., 2].sum(1) / statistics[..., 3].sum(1)).std()
+    errors = [nelbo_standard_error(rows) for rows in statistics[:100]]
+    assert sum(errors) / len(errors) == pytest.approx(float(spread), rel=0.1)
+
+
 def test_standard_error_of_one_row_is_unknown():
     assert math.isnan(nelbo_standard_error(torch.ones(1, 18, dtype=torch.float64)))
