@@ -46,11 +46,12 @@ def noise_bank(
     num_samples: int,
     mask_token_id: int,
     num_replicates: int = 1,
+    positions: Tensor | None = None,
     masking: str = "exact_count",
     schedule: str = "linear",
     noise_epsilon: float = 1e-3,
 ) -> Iterator[NoisyBatch]:
-    """The fixed noise with which rows are evaluated: the same for a row in any run, process or right-padded batch.
+    """The fixed noise with which rows are evaluated: the same for a row in any run, process or batch.
 
     Each replicate takes `num_samples / num_replicates` timesteps `t_j = (j / n + v) mod 1` with one uniform `v`:
     systematic sampling with a real offset, so every mask count is drawn with exactly its probability. (Rounding
@@ -64,6 +65,7 @@ def noise_bank(
         num_samples: corruptions per row.
         mask_token_id: id of the mask token.
         num_replicates: independent groups; divides `num_samples`.
+        positions: (B, L) int64, positions within the row; by default columns, which is right without left padding.
         masking: as `corrupt`.
         schedule: name in `NOISE_SCHEDULES`.
         noise_epsilon: as `corrupt`.
@@ -78,11 +80,12 @@ def noise_bank(
     if num_samples % num_replicates:
         raise ValueError(f"num_samples={num_samples} must be a multiple of num_replicates={num_replicates}")
     strata = num_samples // num_replicates
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if positions is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     for sample in range(num_samples):
         replicate, stratum = divmod(sample, strata)
         offset = counter_uniform(seed, NoiseStream.EVALUATION_TIMESTEP, row_keys, replicate)
-        uniforms = counter_uniform(seed, NoiseStream.EVALUATION_MASK, row_keys[:, None], sample, positions[None])
+        uniforms = counter_uniform(seed, NoiseStream.EVALUATION_MASK, row_keys[:, None], sample, positions)
         yield corrupt(
             input_ids,
             target_mask,

@@ -81,7 +81,9 @@ def estimate_nelbo(
                 dtype=torch.float64,
             )
             return NELBOEstimate(nats, torch.zeros_like(nats), num_tokens.cpu())
-        replicates = next(r for r in range(min(MAX_REPLICATES, num_samples), 0, -1) if num_samples % r == 0)
+        # four strata a replicate where there are samples for it: strata lower the variance, replicates measure it
+        most = max(2, min(MAX_REPLICATES, num_samples // 4))
+        replicates = next(r for r in range(most, 0, -1) if num_samples % r == 0)
         bank = noise_bank(
             input_ids,
             target_mask,
@@ -90,6 +92,7 @@ def estimate_nelbo(
             num_samples=num_samples,
             num_replicates=replicates,
             mask_token_id=model.config.mask_token_id,
+            positions=attention_mask.cumsum(dim=1) - 1,
             masking=estimator,
         )
         samples = []

@@ -54,6 +54,14 @@ def test_padding_is_neither_attended_nor_scored():
     torch.testing.assert_close(with_padding.nats, without.nats, rtol=1e-5, atol=1e-5)
 
 
+def test_left_padding_gives_the_noise_and_the_bound_of_right_padding():
+    model = tiny_llada()
+    padding = torch.full((2, 3), 99)
+    left = estimate_nelbo(model, torch.cat([padding, ROWS], 1), attention_mask=torch.tensor([[0] * 3 + [1] * 6] * 2))
+    right = estimate_nelbo(model, torch.cat([ROWS, padding], 1), attention_mask=torch.tensor([[1] * 6 + [0] * 3] * 2))
+    torch.testing.assert_close(left.nats, right.nats, rtol=1e-5, atol=1e-5)
+
+
 def test_shifted_model_does_not_score_its_first_token():
     assert estimate_nelbo(tiny_dream(), ROWS, num_samples=2).num_tokens.tolist() == [5, 5]
     with pytest.raises(ValueError, match="marks the first token of a row, which has no predictor"):
