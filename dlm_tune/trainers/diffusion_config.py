@@ -56,7 +56,8 @@ class DiffusionConfig(SFTConfig):
 
     Defaults that differ from `SFTConfig`: `assistant_only_loss` is chosen by the data (true for `messages`),
     `logging_nan_inf_filter` is false since a loss that is not finite stops the run,
-    `ddp_find_unused_parameters` is false since every parameter takes part in every step.
+    `ddp_find_unused_parameters` is false since every parameter takes part in every step, and
+    `greater_is_better` is true for accuracies only, since all other metrics of an evaluation are bounds to minimise.
 
     Raises:
         ValueError: all faults at once, each with field, value, reason and remedy.
@@ -108,6 +109,10 @@ class DiffusionConfig(SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay false: a loss that is not finite stops the run."}
     )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Direction of metric_for_best_model; by default up for accuracies and down for all else."},
+    )
     # every parameter takes part in every step, also where no token of a microbatch is masked
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without a gradient under DDP; not needed here."}
@@ -118,6 +123,9 @@ class DiffusionConfig(SFTConfig):
         if faults:
             plural = "s" if len(faults) > 1 else ""
             raise ValueError(f"{len(faults)} problem{plural} in DiffusionConfig:\n  " + "\n  ".join(faults))
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers takes every metric whose name does not end with "loss" for one to maximise, `nelbo` too
+            self.greater_is_better = "accuracy" in self.metric_for_best_model
         super().__post_init__()
         if self.masking == "bernoulli" and self.noise_epsilon is None:
             self.noise_epsilon = DEFAULT_NOISE_EPSILON

@@ -34,6 +34,10 @@ from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionC
 from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
 
 
+def _is_prepared(dataset: Dataset) -> bool:
+    return {"input_ids", "labels", "row_index"} <= set(dataset.column_names)
+
+
 class DiffusionTrainer(SFTTrainer):
     """Trains a masked-diffusion language model on text, prompt-completion rows or conversations.
 
@@ -69,7 +73,7 @@ class DiffusionTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._check_arguments(train_dataset, kwargs)
+        self._check_arguments(args, train_dataset, eval_dataset, kwargs)
         if isinstance(model, str):
             quantization = kwargs.pop("quantization_config", None)
             model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
@@ -84,20 +88,16 @@ class DiffusionTrainer(SFTTrainer):
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
         if not kwargs.get("formatting_func"):
             train_dataset = self._check_raw(train_dataset, args, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: self._check_raw(part, args, name) for name, part in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = self._check_raw(eval_dataset, args, "eval")
-        if args.assistant_only_loss is None:
-            first_row = next(iter(train_dataset))
-            args.assistant_only_loss = is_conversational(first_row) and "prompt" not in first_row
+            eval_dataset = self._check_raw(eval_dataset, args, "eval")
+        self._read_first_row(next(iter(train_dataset)), args, processing_class)
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift
         self.vocab_size: int = embedding_rows(base_model.config)
+        data_collator = kwargs.pop("data_collator", None)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or self._make_collator(processing_class, args),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -108,17 +108,23 @@ class DiffusionTrainer(SFTTrainer):
         )
         # TRL patches `forward` on the instance with its causal head; ours is the class's forward
         base_model.__dict__.pop("forward", None)
+        # made here: TRL has given the tokenizer the `eos_token` and `pad_token` of the arguments by now
+        self.data_collator = data_collator or self._make_collator(self.processing_class, args)
         self.loss_is_scaled_for_ga = True
         self._training_sums = torch.zeros(NUM_COLUMNS, dtype=torch.float64, device=args.device)
         self._num_tokens: Tensor | None = None
 
     @staticmethod
-    def _check_arguments(train_dataset: Any, kwargs: dict[str, Any]) -> None:
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(
-                f"train_dataset is a {type(train_dataset).__name__}; noise is keyed by the row's index, so a "
-                "map-style `datasets.Dataset` is needed. Load it without streaming."
-            )
+    def _check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
+        if not isinstance(args, DiffusionConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a dlm_tune.DiffusionConfig.")
+        parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for name, dataset in [("train", train_dataset), *(("eval", part) for part in parts if part is not None)]:
+            if not isinstance(dataset, Dataset):
+                raise TypeError(
+                    f"{name}_dataset is a {type(dataset).__name__}; noise is keyed by the row's index, so a "
+                    "map-style `datasets.Dataset` is needed. Load it without streaming."
+                )
         if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
             raise ValueError(
                 "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
@@ -140,8 +146,22 @@ class DiffusionTrainer(SFTTrainer):
     # Data
 
     @staticmethod
-    def _check_raw(dataset: Dataset, args: DiffusionConfig, name: str) -> Dataset:
-        if "row_index" in dataset.column_names:
+    def _read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Decides `assistant_only_loss`, and refuses conversations that no template can render."""
+        if is_conversational(row) and not tokenizer.chat_template and not args.chat_template_path:
+            raise ValueError(
+                "the rows are conversations, but the tokenizer has no chat template. Load it with "
+                "dlm_tune.load_tokenizer, or set chat_template_path (a .jinja file)."
+            )
+        if args.assistant_only_loss is None:
+            args.assistant_only_loss = is_conversational(row) and "prompt" not in row
+
+    @classmethod
+    def _check_raw(cls, dataset: Any, args: DiffusionConfig, name: str) -> Any:
+        """`check_raw_rows` on a data set, or on each of a dict; what is prepared already, or None, stays as it is."""
+        if isinstance(dataset, dict):
+            return {part: cls._check_raw(rows, args, part) for part, rows in dataset.items()}
+        if dataset is None or _is_prepared(dataset):
             return dataset
         with args.main_process_first(desc=f"checking the {name} rows"):
             return check_raw_rows(dataset, args.invalid_rows, name, text_field=args.dataset_text_field)
@@ -156,7 +176,7 @@ class DiffusionTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Dataset:
         """TRL's tokenisation without its silent truncation, then the checks of `dlm_tune.data.check_rows`."""
-        if "row_index" in dataset.column_names:
+        if _is_prepared(dataset):
             return dataset
         uncut = copy.copy(args)
         uncut.max_length = None
@@ -207,13 +227,13 @@ class DiffusionTrainer(SFTTrainer):
         for microstep, batch in enumerate(batches):
             input_ids, row_index = batch["input_ids"], batch["row_index"]
             rows = torch.arange(len(input_ids), device=input_ids.device)
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = batch["attention_mask"].cumsum(dim=1) - 1  # within the row, whatever the padding
             slots = (microstep * world_size + rank) * batch_size + rows
             batch["noisy"] = corrupt(
                 input_ids,
                 batch["target_mask"],
                 TIMESTEP_SAMPLERS[args.timestep_sampling](args.noise_seed, step, slots, num_slots),
-                counter_uniform(args.noise_seed, NoiseStream.MASK, epoch, row_index[:, None], positions[None]),
+                counter_uniform(args.noise_seed, NoiseStream.MASK, epoch, row_index[:, None], positions),
                 schedule=NOISE_SCHEDULES[args.noise_schedule],
                 masking=args.masking,
                 mask_token_id=self.mask_token_id,
@@ -302,7 +322,7 @@ class DiffusionTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out likelihood bound of a data set, raw or prepared, by default the one given at construction."""
-        if isinstance(eval_dataset, Dataset):
+        if isinstance(eval_dataset, Dataset | dict):
             eval_dataset = self._check_raw(eval_dataset, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -321,6 +341,7 @@ class DiffusionTrainer(SFTTrainer):
             seed=self.args.noise_seed,
             num_samples=self.args.eval_noise_samples,
             mask_token_id=self.mask_token_id,
+            positions=inputs["attention_mask"].cumsum(dim=1) - 1,
         )
         with torch.no_grad(), self.compute_loss_context_manager():
             for noisy in bank:
