@@ -1,13 +1,13 @@
 """Loading of checkpoints and adapters for the verbs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from dlm_tune.models import load_model, load_tokenizer
+from dlm_tune.models.checkpoint_files import read_json
 from dlm_tune.shipped import resolve_path
 
 
@@ -25,13 +25,19 @@ def find_base(model_name_or_path: str, adapter: str | None) -> tuple[str, str | 
             f"model_name_or_path={model_name_or_path} is an adapter, and adapter={adapter} is another one. Give "
             "the base checkpoint as model_name_or_path."
         )
-    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(config_file).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{config_file} does not name its base checkpoint: give --model_name_or_path BASE --adapter "
             f"{model_name_or_path}."
         )
-    return resolve_path(base), model_name_or_path
+    base = resolve_path(base)
+    if not Path(base).exists() and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"{model_name_or_path} is an adapter of {base}, which does not exist (from {Path.cwd()}). If its base "
+            f"checkpoint lies elsewhere now: --model_name_or_path BASE --adapter {model_name_or_path}."
+        )
+    return base, model_name_or_path
 
 
 def load_checkpoint(
@@ -55,7 +61,7 @@ def load_checkpoint(
     model = load_model(
         base,
         dtype=dtype,
-        quantization="4bit" if arguments.load_in_4bit else "8bit" if arguments.load_in_8bit else None,
+        quantization=quantization(arguments, dtype),
         adapter=adapter,
         attn_implementation=arguments.attn_implementation,
         revision=arguments.model_revision,
@@ -66,6 +72,23 @@ def load_checkpoint(
         own or base, revision=None if own else arguments.model_revision, model_config=model.config
     )
     return model, tokenizer
+
+
+def quantization(arguments: Any, dtype: Any) -> str | BitsAndBytesConfig | None:
+    """4 or 8 bits as `arguments` say; 4-bit NF4 with double quantisation unless its keys say otherwise."""
+    if arguments.load_in_8bit:
+        return "8bit"
+    if not arguments.load_in_4bit:
+        return None
+    if not hasattr(arguments, "bnb_4bit_quant_type"):  # generate and chat
+        return "4bit"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=arguments.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=arguments.bnb_4bit_quant_storage,
+        bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+    )
 
 
 def inference_device_map(use_cpu: bool) -> dict[str, Any] | None:

@@ -27,17 +27,21 @@ def run_eval(recipe: Recipe) -> None:
             "report_to": "none",
             "push_to_hub": False,
             "eval_strategy": "no",
+            "save_strategy": "no",
             "load_best_model_at_end": False,
             "gradient_checkpointing": False,
         }
-        if "dataset_name" not in recipe and "datasets" not in recipe and "eval_dataset_name" in recipe:
+        if not (recipe.get("dataset_name") or recipe.get("datasets")):
+            if not recipe.get("eval_dataset_name"):
+                fault = "no evaluation data: set eval_dataset_name (a file, a directory or a Hub name)."
+                raise RecipeError([fault], recipe.title)
             overrides["dataset_name"] = recipe.get("eval_dataset_name")
         for name, value in overrides.items():
             recipe.set(name, value, place="dlm-tune eval")
         arguments, _, model_arguments, data_arguments, config = recipe.build()
         generation = generation_config(arguments, recipe)
         check_processes()
-        dataset = _evaluation_data(data_arguments, config)
+        dataset = _evaluation_data(arguments, data_arguments, config)
         model, tokenizer = load_checkpoint(
             model_arguments, adapter=arguments.adapter, device_map=None if config.use_cpu else {"": config.device}
         )
@@ -70,12 +74,16 @@ def generation_config(arguments: EvalArguments, recipe: Recipe) -> DiffusionGene
     return DiffusionGenerationConfig(**options)
 
 
-def _evaluation_data(data_arguments: Any, config: DiffusionConfig) -> Dataset:
+def _evaluation_data(arguments: EvalArguments, data_arguments: Any, config: DiffusionConfig) -> Dataset:
     _, dataset = load_datasets(data_arguments, config.seed, text_field=config.dataset_text_field)
     if dataset is None:
         raise ValueError(
-            "there is nothing to evaluate on: set eval_dataset_name (a file or a Hub name), dataset_test_split or "
-            "test_split_size."
+            "there is nothing to evaluate on: dataset_name and datasets are training data. Set eval_dataset_name (a "
+            "file, a directory or a Hub name; it may be the training file), dataset_test_split or test_split_size."
+        )
+    if arguments.generate and not {"prompt", "completion"} <= set(dataset.column_names):
+        raise ValueError(
+            f"generate: true needs evaluation rows with prompt and completion, not {', '.join(dataset.column_names)}."
         )
     return dataset
 
@@ -99,10 +107,6 @@ def _evaluate_completions(
 ) -> dict[str, Any]:
     from dlm_tune.evaluation.completions import evaluate_completions
 
-    if not {"prompt", "completion"} <= set(dataset.column_names):
-        raise ValueError(
-            f"generate: true needs evaluation rows with prompt and completion, not {', '.join(dataset.column_names)}."
-        )
     if arguments.num_prompts is not None:
         dataset = dataset.select(range(min(arguments.num_prompts, len(dataset))))
     model = trainer.accelerator.unwrap_model(trainer.model)

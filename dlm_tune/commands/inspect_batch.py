@@ -33,7 +33,15 @@ MARKERS = {
 def run_inspect(recipe: Recipe) -> None:
     """Print rows of the first batch of a training run: tokens by kind, t, weight and denominator of each row."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in (("output_dir", folder), ("report_to", "none"), ("push_to_hub", False)):
+        overrides = {
+            "output_dir": folder,
+            "report_to": "none",
+            "push_to_hub": False,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        }
+        for name, value in overrides.items():
             recipe.set(name, value, place="dlm-tune inspect")
         arguments, _, model_arguments, data_arguments, config = recipe.build()
         trainer = data_only_trainer(model_arguments, data_arguments, config)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, get_peft_config
 
 from dlm_tune import __version__
@@ -19,6 +20,11 @@ from dlm_tune.data import find_format, load_datasets
 from dlm_tune.models import FAMILIES
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+
+# What tells a checkpoint-* folder of a run, whole or not, from a folder of another program
+_CHECKPOINT_FILES = (TRAINER_STATE_NAME, "training_args.bin", "model.safetensors", "adapter_model.safetensors")
+# State of the optimiser as Trainer, FSDP and DeepSpeed write it
+_OPTIMIZER_FILES = ("optimizer*", "global_step*")
 
 _METRICS = {
     "eval_nelbo": "held-out NELBO, nats/token",
@@ -36,7 +42,7 @@ def run_training(verb: str, recipe: Recipe) -> None:
         )
     run_arguments, model_arguments, data_arguments, config = recipe.build()
     check_processes()
-    checkpoint = prepare_output_dir(config, run_arguments.overwrite_output_dir)
+    checkpoint = prepare_output_dir(config, run_arguments.overwrite_output_dir, model_arguments.use_peft)
     trainer = build_trainer(verb, recipe, model_arguments, data_arguments, config)
     check_parallelism(trainer.accelerator.distributed_type.value)
     before = None
@@ -110,7 +116,7 @@ def check_data(verb: str, column_names: list[str], config: DiffusionConfig) -> N
     listed = ", ".join(columns)
     if verb == "pretrain" and not is_text and config.completion_only_loss is not False:
         raise ValueError(
-            f"the training data have the columns {listed}: prompts are not learned from in `dlm-tune sft`. For "
+            f"the training data have the columns {listed}: prompts with answers are for `dlm-tune sft`. For "
             "`dlm-tune pretrain` give plain text, or set completion_only_loss: false to train on prompts as well."
         )
     if verb == "sft" and is_text:
@@ -120,14 +126,15 @@ def check_data(verb: str, column_names: list[str], config: DiffusionConfig) -> N
         )
 
 
-def prepare_output_dir(config: DiffusionConfig, overwrite: bool) -> str | None:
+def prepare_output_dir(config: DiffusionConfig, overwrite: bool, is_adapter: bool) -> str | None:
     """Check `output_dir` on the first process, and find the checkpoint to resume from.
 
     Returns:
         The checkpoint's folder, or None for a fresh start.
 
     Raises:
-        ValueError: `output_dir` is not empty; nothing to resume from.
+        ValueError: `output_dir` is not empty, or holds weights of the other kind (adapter or full model), beside
+            which the new ones would be ambiguous; nothing to resume from.
     """
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint:
@@ -141,26 +148,43 @@ def prepare_output_dir(config: DiffusionConfig, overwrite: bool) -> str | None:
             f"output_dir={folder} exists and is not empty. Choose another --output_dir, go on with "
             "--resume_from_checkpoint last, or add --overwrite_output_dir."
         )
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / "trainer_state.json").is_file():
+    other = "config.json" if is_adapter else "adapter_config.json"
+    if (folder / other).is_file():
+        kinds = ("a full model", "an adapter") if is_adapter else ("an adapter", "a full model")
+        raise ValueError(
+            f"output_dir={folder} holds {kinds[0]} ({other}), and this run saves {kinds[1]}: which of the two is "
+            "loaded later would be unclear. Choose another --output_dir."
+        )
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if any((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
             shutil.rmtree(checkpoint)
     return None
 
 
 def _find_checkpoint(folder: Path, value: str) -> str:
-    """`last` (or `true`) is the newest checkpoint in the folder; anything else is a path."""
+    """`last` (or `true`) is the newest whole checkpoint in the folder; anything else is a path."""
     if value.lower() in ("last", "latest", "true"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
+        found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+        found.sort(key=lambda path: int(path.name.split("-")[-1]))
+        whole = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]  # the file that is written last
+        if not whole:
             raise ValueError(
-                f"resume_from_checkpoint={value}: there is no checkpoint-* folder in output_dir={folder}. Remove "
-                "it to start from the beginning; checkpoints are written with save_strategy: steps."
+                f"resume_from_checkpoint={value}: there is no checkpoint-* folder in output_dir={folder} that was "
+                "written to its end. Remove it to start from the beginning; checkpoints are written with "
+                "save_strategy: steps."
             )
-        return last
-    if not (Path(value) / "trainer_state.json").is_file():
+        if whole[-1] != found[-1]:
+            say(f"{found[-1]} was not written to its end: going on from {whole[-1]}.")
+        value = str(whole[-1])
+    if not (Path(value) / TRAINER_STATE_NAME).is_file():
         raise ValueError(
-            f"resume_from_checkpoint={value} is not a checkpoint of a training run (it has no trainer_state.json). "
+            f"resume_from_checkpoint={value} is not a checkpoint of a training run (it has no {TRAINER_STATE_NAME}). "
             "Give OUTPUT_DIR/checkpoint-N, or `last`."
+        )
+    if not any(next(Path(value).glob(pattern), None) for pattern in _OPTIMIZER_FILES):
+        raise ValueError(
+            f"resume_from_checkpoint={value} has no state of the optimiser (a finished run, or save_only_model: "
+            "true), so training cannot go on as it was. Give OUTPUT_DIR/checkpoint-N, or `last`."
         )
     return value
 
@@ -200,9 +224,14 @@ def _print_summary(
             cells = "".join(f"{'-' if value is None else format(value, '.4f'):>12}" for value in values)
             say(f"{label:28}{cells}")
     kind = "adapter" if model_arguments.use_peft else "model"
+    # the default canvas leaves no room for a prompt in a small model
+    positions = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "max_position_embeddings", None)
+    canvas = positions // 64 * 32 if positions and 64 <= positions <= 192 else None
+    data = "" if after is not None else " --eval_dataset_name FILE"
     say(
         "",
         f"The {kind} lies in {folder}, with its tokenizer and recipe.yaml. Next:",
-        f"  dlm-tune generate --model_name_or_path {folder} --prompt 'TEXT'",
-        f"  dlm-tune eval --config {folder}/recipe.yaml --model_name_or_path {folder}",
+        f"  dlm-tune generate --model_name_or_path {folder} --prompt 'TEXT'"
+        + (f" --max_new_tokens {canvas}" if canvas else ""),
+        f"  dlm-tune eval --config {folder}/recipe.yaml --model_name_or_path {folder}{data}",
     )
