@@ -75,9 +75,14 @@ def _is_instance(value: Any, hint: Any) -> bool:
 def parse_flag(tokens: str | list[str], hint: Any) -> Any:
     """Value of a flag: text for a text field, otherwise what the same characters mean in a recipe."""
     if isinstance(tokens, list):
-        if len(tokens) == 1 and (tokens[0][:1] in "[{" or tokens[0] == "null"):
-            return parse_scalar(tokens[0])
         item = next((get_args(m)[0] for m in alternatives(hint) if hint_is_list(m) and get_args(m)), Any)
+        if tokens == ["null"]:
+            return None
+        if len(tokens) == 1 and tokens[0].startswith(("[", "{")):
+            value = parse_scalar(tokens[0])
+            is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+            if item is not str or is_texts:
+                return value  # else a text that begins with a bracket
         values = [parse_flag(token, item) for token in tokens]
         return values[0] if len(values) == 1 and str in alternatives(hint) else values
     members = alternatives(hint)

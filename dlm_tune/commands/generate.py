@@ -66,7 +66,8 @@ def read_prompts(arguments: GenerateArguments) -> list[Prompt]:
     path = Path(arguments.prompts_file)
     if not path.is_file():
         raise ValueError(f"prompts_file={path} does not exist (from {Path.cwd()}).")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # only line feeds end a line (JSON may hold other separators); a byte order mark is not part of the first prompt
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if path.suffix in (".jsonl", ".json"):
             if line.strip():
                 prompts.append(_prompt_of_row(line, f"{path}:{number}"))

@@ -206,20 +206,29 @@ def _load_files(loader: str, files: dict[str, list[str]], where: str) -> Dataset
 
 
 def _open(path: Path) -> TextIO:
-    # bytes that are no UTF-8 are for the loader to refuse
+    # bytes that are no UTF-8 are for the loader to refuse; it skips a byte order mark too
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
-    return path.open(encoding="utf-8", errors="replace")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="replace")
 
 
 def _csv_options(paths: list[Path], where: str) -> dict[str, Any]:
     """Read every cell as text: a completion of 42 or NA is text, not a number or a missing value."""
     headers = []
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a document
     for path in paths:
         with _open(path) as stream:
-            headers.append(next(csv.reader(stream)))
-            if next(stream, None) is None:
-                raise ValueError(f"{where}: the file {str(path)!r} has a header but no rows.")
+            rows = csv.reader(stream)
+            header, first_row = next(rows), next(rows, None)
+        if first_row is None:
+            raise ValueError(f"{where}: the file {str(path)!r} has a header but no rows.")
+        if len(first_row) > len(header):  # pandas would take the first cell for the name of the row
+            raise ValueError(
+                f"{where}: {str(path)!r} has {len(header)} columns, but its first row has {len(first_row)} cells: "
+                f"{first_row!r}. Quote cells with commas in them."
+            )
+        # a column without a name (`DataFrame.to_csv` writes its index so) gets the one that pandas gives it
+        headers.append([name or f"Unnamed: {position}" for position, name in enumerate(header)])
     for path, header in zip(paths, headers, strict=True):
         if header != headers[0]:
             raise ValueError(
@@ -241,7 +250,7 @@ def _find_bad_line(paths: list[Path]) -> str | None:
                     except json.JSONDecodeError as error:
                         return f"{str(path)!r} is not valid JSON, line {error.lineno}: {error.msg}."
                     continue
-                lines = iter(text.splitlines())
+                lines = iter(text.split("\n"))
             for number, line in enumerate(lines, start=1):
                 try:
                     if line.strip() and not isinstance(json.loads(line), dict):

@@ -72,6 +72,15 @@ def test_the_same_rows_from_every_file_format(tmp_path, name, write):
         assert load(dataset_name=str(packed))[0].to_list() == ROWS
 
 
+@pytest.mark.parametrize(
+    "text", ["\ufeffprompt,completion\na,b\n", '\ufeff"prompt",completion\na,b\n', ",prompt,completion\n0,a,b\n"]
+)
+def test_csv_of_spreadsheets_and_of_data_frames(tmp_path, text):
+    """A byte order mark, as Excel writes it; a column without a name, as `DataFrame.to_csv` writes its index."""
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    assert load(dataset_name=str(tmp_path / "a.csv"))[0].to_list() == [{"prompt": "a", "completion": "b"}]
+
+
 def test_a_text_file_is_one_row_a_line_without_blank_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert load(dataset_name=str(tmp_path / "a.txt"))[0].to_list() == [{"text": "one"}, {"text": "two"}]
@@ -229,6 +238,11 @@ def half_named(folder):
         (lambda folder: (folder / "a.jsonl").write_text(" \n"), "a.jsonl", "the file '.*a.jsonl' is empty"),
         (lambda folder: (folder / "a.csv").write_text("prompt,completion\n"), "a.csv", "a header but no rows"),
         (uneven_csv, "a.csv", "cannot be read as csv"),
+        (
+            lambda folder: (folder / "a.csv").write_text("prompt,completion\na,b, c\nd,e\n"),
+            "a.csv",
+            "has 2 columns, but its first row has 3 cells",
+        ),
         (lambda folder: (folder / "a.parquet").write_text("junk"), "a.parquet", "cannot be read as parquet"),
         (
             lambda folder: (folder / "a.xlsx").write_text("junk"),
