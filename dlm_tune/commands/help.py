@@ -1,5 +1,6 @@
 """`dlm-tune VERB --help`: the keys that matter most, in groups; `--help-all`: every key."""
 
+import inspect
 import re
 import textwrap
 from dataclasses import MISSING, fields
@@ -124,6 +125,24 @@ _NOTES = {
     "inspect": "Takes the recipe of a training run as it is.",
 }
 
+# Inherited keys whose own text does not hold here
+_TEXTS = {
+    "model_name_or_path": "Checkpoint: a folder or a Hub name (for eval, an adapter's folder too).",
+    "load_in_4bit": "Quantise the weights to 4 bits (bitsandbytes); in training with use_peft: true only.",
+    "load_in_8bit": "Quantise the weights to 8 bits (bitsandbytes); in training with use_peft: true only.",
+    "attn_implementation": "sdpa, eager, flash_attention_2, ...",
+    "use_peft": "Train a LoRA adapter instead of all weights.",
+    "lora_r": "Rank of the adapter.",
+    "lora_target_modules": "Names of the layers to adapt; null is all linear layers but the LM head.",
+    "max_length": "Longest row in tokens, prompt and EOS included; overlong_rows says what happens to longer ones.",
+    "completion_only_loss": "false: prompts are targets too. null is true for rows with prompt and completion.",
+    "max_steps": "Number of training steps, instead of num_train_epochs; -1: train for num_train_epochs.",
+    "output_dir": "Folder for the weights, the tokenizer, recipe.yaml, results.json and the checkpoint-* folders.",
+    "resume_from_checkpoint": "Go on from a checkpoint-* folder: its path, or last for the newest in output_dir.",
+    "seed": "Key of everything random but the noise (noise_seed): order of rows, dropout, new weights, held-out rows.",
+    "use_cpu": "Stay on the CPU where there is a GPU.",
+}
+
 
 def verb_help(verb: str, show_all: bool = False) -> str:
     """Text of `dlm-tune VERB --help` or `--help-all`."""
@@ -155,7 +174,11 @@ def _entry(key: Key) -> list[str]:
     kind = "one of " + ", ".join(map(str, key.choices)) if key.choices else describe(key.hint)
     kind = kind if len(kind) < 90 else kind[:87] + "..."
     facts = kind if default in (MISSING, None, "", []) else f"{kind}; default {_shown(default)}"
-    text = re.sub(r"\s+", " ", str(key.definition.metadata.get("help", ""))).replace("%%", "%").replace("`", "")
+    text = str(key.definition.metadata.get("help", ""))
+    definer = next(owner for owner in key.owner.__mro__ if key.name in inspect.get_annotations(owner))
+    if not definer.__module__.startswith("dlm_tune"):
+        text = _TEXTS.get(key.name, text)
+    text = re.sub(r"\s+", " ", text).replace("%%", "%").replace("`", "")
     body = textwrap.wrap(text, 84) or [""]
     head = f"  --{key.name} ({facts})"
     return [head, *(f"      {line}" for line in body if line)]

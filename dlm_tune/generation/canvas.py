@@ -63,6 +63,11 @@ def make_canvas(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens
             "model.config.mask_token_id=None: the sampler fills mask tokens. Load the model with dlm_tune.load_model, "
             "or set config.mask_token_id to the id of the token it was trained with."
         )
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}, not a tensor: tokenise the prompt, for example "
+            'torch.tensor([tokenizer("...")["input_ids"]]).'
+        )
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"input_ids of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype} are not prompts: pass token ids "

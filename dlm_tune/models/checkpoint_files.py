@@ -48,8 +48,10 @@ def _nearest_directories(path: Path) -> str:
         while not parent.is_dir():
             path, parent = parent, parent.parent
     siblings = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.4) or siblings[:3]
-    return f"; the nearest directories in {parent} are {', '.join(near)}" if near else f"; {parent} has no directories"
+    near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.4)
+    if near:
+        return f"; the nearest directories in {parent} are {', '.join(near)}"
+    return f"; {parent} holds {', '.join(siblings[:5])}" if siblings else f"; {parent} has no directories"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_unsupported_structure_names_the_file(llada: Path) -> None:
 def test_missing_path_names_the_nearest_directories(llada: Path) -> None:
     with pytest.raises(ValueError, match=r"llaada' does not exist; the nearest directories in .* are llada\."):
         load_model(llada.parent / "llaada")
-    with pytest.raises(ValueError, match=r"nearest directories in .* are llada\."):
+    with pytest.raises(ValueError, match=r"does not exist; .* holds llada\."):
         load_model(llada.parent / "nowhere" / "deeper" / "model")
     with pytest.raises(ValueError, match="is a file; give the directory"):
         load_model(llada / "config.json")
