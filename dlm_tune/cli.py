@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_verb(verb, arguments)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if debug:

@@ -22,6 +22,7 @@ RENAMED_KEYS = {
     "dataset_mixer": "write datasets, a list of {path, split, fraction, ...}",
     "evaluation_strategy": "write eval_strategy",
     "group_by_length": "write train_sampling_strategy: group_by_length",
+    "lora_rank": "write lora_r",
     "max_seq_length": "write max_length",
     "no_cuda": "write use_cpu",
     "save_safetensors": "remove it: checkpoints are always safetensors",

@@ -56,9 +56,9 @@ def load_source(
             lines, the line.
     """
     where = f"{key}={name!r}"
-    if name in FILE_FORMATS.values():
-        return _load_files(name, _as_split_files(data_files, where), where)
     path = Path(name).expanduser()
+    if name in FILE_FORMATS.values() and (data_files is not None or not path.exists()):
+        return _load_files(name, _as_split_files(data_files, where), where)
     if path.exists():
         _refuse_hub_keys(where, config=config, data_dir=data_dir, data_files=data_files)
         return _load_file(path, where) if path.is_file() else _load_directory(path, where)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,13 @@ def test_csv_of_spreadsheets_and_of_data_frames(tmp_path, text):
     """A byte order mark, as Excel writes it; a column without a name, as `DataFrame.to_csv` writes its index."""
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     assert load(dataset_name=str(tmp_path / "a.csv"))[0].to_list() == [{"prompt": "a", "completion": "b"}]
+
+
+def test_a_folder_may_have_the_name_of_a_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text").mkdir()
+    write_jsonl(Path("text") / "a.jsonl")
+    assert load(dataset_name="text")[0].to_list() == ROWS
 
 
 def test_a_text_file_is_one_row_a_line_without_blank_lines(tmp_path):
