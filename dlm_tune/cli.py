@@ -104,6 +104,8 @@ def _quiet_libraries() -> None:
     """Silence what a user of the command line can do nothing about."""
     # transformers renames an argument that trl still sets
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # our own error names file and line
+    logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
     # bitsandbytes and deepspeed report at import what they would use if it were there
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
