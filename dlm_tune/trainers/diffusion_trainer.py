@@ -86,9 +86,8 @@ class DiffusionTrainer(SFTTrainer):
             )
         if processing_class is None:
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
-        if not kwargs.get("formatting_func"):
-            train_dataset = self._check_raw(train_dataset, args, "train")
-            eval_dataset = self._check_raw(eval_dataset, args, "eval")
+        train_dataset = self._check_raw(train_dataset, args, "train")
+        eval_dataset = self._check_raw(eval_dataset, args, "eval")
         self._read_first_row(next(iter(train_dataset)), args, processing_class)
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift
@@ -129,6 +128,11 @@ class DiffusionTrainer(SFTTrainer):
             raise ValueError(
                 "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
                 "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
+            )
+        if kwargs.get("formatting_func"):
+            raise ValueError(
+                "formatting_func would be ignored on some data sets (TRL keeps `messages`). Map the rows before: "
+                "train_dataset = train_dataset.map(lambda row: {'text': ...}, remove_columns=...)."
             )
 
     @staticmethod

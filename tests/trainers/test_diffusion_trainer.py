@@ -384,3 +384,14 @@ def test_completion_mask_of_tokenised_rows_is_honoured(tmp_path):
 def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab"):
         make_trainer(tmp_path, rows=[{"input_ids": [10, 5000]}])
+
+
+def test_formatting_functions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="formatting_func would be ignored"):
+        DiffusionTrainer(
+            model=tiny_llada(),
+            args=DiffusionConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True),
+            train_dataset=Dataset.from_list(PAIRS),
+            processing_class=tiny_tokenizer(),
+            formatting_func=str,
+        )
