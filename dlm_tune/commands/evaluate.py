@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from dlm_tune.commands.arguments import EvalArguments
 from dlm_tune.commands.checkpoint import load_checkpoint
+from dlm_tune.commands.console import say
 from dlm_tune.commands.launch import check_processes
-from dlm_tune.commands.run import say
 from dlm_tune.data import load_datasets
 from dlm_tune.generation import DiffusionGenerationConfig
 from dlm_tune.recipe import Recipe, RecipeError, check_mapping

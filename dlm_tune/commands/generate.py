@@ -9,7 +9,7 @@ import torch
 
 from dlm_tune.commands.arguments import GenerateArguments
 from dlm_tune.commands.checkpoint import inference_device_map, load_checkpoint
-from dlm_tune.commands.run import say
+from dlm_tune.commands.console import say
 from dlm_tune.generation import config_for_tokenizer, decode_completion, generate, pad_prompts, tokenize_prompt
 from dlm_tune.recipe import Recipe
 

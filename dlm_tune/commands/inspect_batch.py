@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from dlm_tune.commands.checkpoint import find_base
-from dlm_tune.commands.run import say
+from dlm_tune.commands.console import say
 from dlm_tune.data import load_datasets
 from dlm_tune.models import LLaDAConfig, LLaDAModelLM, load_tokenizer
 from dlm_tune.models.checkpoint_files import checkpoint_directory

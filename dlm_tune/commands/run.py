@@ -1,9 +1,9 @@
 """From a verb's command line to its function."""
 
-import os
 from collections.abc import Mapping
 
 from dlm_tune.commands.arguments import verb_classes, verbs_of_key
+from dlm_tune.commands.console import say
 from dlm_tune.commands.effects import ineffective_keys
 from dlm_tune.recipe import Key, Recipe, Setting, parse_recipe
 from dlm_tune.shipped import resolve_path
@@ -17,12 +17,6 @@ _PATH_KEYS = (
     "prompts_file",
     "chat_template_path",
 )
-
-
-def say(*lines: str) -> None:
-    """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
 
 
 def read_arguments(verb: str, arguments: list[str]) -> Recipe:

@@ -14,8 +14,8 @@ from trl import ModelConfig, get_peft_config
 
 from dlm_tune import __version__
 from dlm_tune.commands.checkpoint import load_checkpoint
+from dlm_tune.commands.console import say
 from dlm_tune.commands.launch import check_parallelism, check_processes
-from dlm_tune.commands.run import say
 from dlm_tune.data import find_format, load_datasets
 from dlm_tune.models import FAMILIES
 from dlm_tune.recipe import Recipe, RecipeError

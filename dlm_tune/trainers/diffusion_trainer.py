@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
@@ -31,6 +31,7 @@ from dlm_tune.diffusion import (
 )
 from dlm_tune.models import DiffusionMixin, embedding_rows, end_of_turn_ids, load_model, load_tokenizer
 from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionConfig
+from dlm_tune.trainers.progress import DiffusionProgressCallback
 from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
 
 
@@ -110,6 +111,8 @@ class DiffusionTrainer(SFTTrainer):
         # made here: TRL has given the tokenizer the `eos_token` and `pad_token` of the arguments by now
         self.data_collator = data_collator or self._make_collator(self.processing_class, args)
         self.loss_is_scaled_for_ga = True
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(DiffusionProgressCallback)
         self._training_sums = torch.zeros(NUM_COLUMNS, dtype=torch.float64, device=args.device)
         self._num_tokens: Tensor | None = None
 

@@ -342,6 +342,16 @@ def test_log_has_what_the_documentation_promises(tmp_path):
     json.dumps(trainer.state.log_history)
 
 
+def test_progress_is_one_short_line_a_log_entry(tmp_path, capsys):
+    make_trainer(tmp_path, eval_rows=PAIRS[:2], eval_strategy="steps", eval_steps=1, disable_tqdm=False).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1:")]
+    assert len(lines) == 3
+    assert all(len(line) < 100 for line in lines)
+    assert "loss" in lines[0]
+    assert "held-out nelbo" in lines[1]
+    assert "trained in" in lines[2]
+
+
 def test_refusals_name_the_remedy(tmp_path):
     with pytest.raises(TypeError, match=r"Load it with\s+dlm_tune\.load_model"):
         make_trainer(tmp_path, torch.nn.Linear(2, 2))
