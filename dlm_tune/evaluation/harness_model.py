@@ -10,6 +10,7 @@ A harness model answers three questions; each has its own meaning for a diffusio
 """
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,7 +129,9 @@ class DiffusionHarnessMethods:
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """`(lower bound of the log-likelihood in nats, is_greedy)` of each (context, continuation)."""
         pairs = [self._fit(*self._encode_pair(*request.args)) for request in requests]
-        scores = self._score(pairs)
+        # the choices of one question share their context, and so their noise: they are compared on equal terms
+        keys = [_context_key(context) if context else index for index, (context, _) in enumerate(pairs)]
+        scores = self._score(pairs, keys)
         greedy = self._is_greedy(pairs) if self.check_greedy else [False] * len(pairs)
         results = list(zip(scores, greedy, strict=True))
         for request, result in zip(requests, results, strict=True):
@@ -212,7 +215,9 @@ class DiffusionHarnessMethods:
             )
         return context[max(0, len(context) - room) :]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], row_keys: Sequence[int] | None = None
+    ) -> list[float]:
         prompts, completions = [context for context, _ in pairs], [continuation for _, continuation in pairs]
         bounds = log_likelihood(
             self.model,
@@ -221,6 +226,8 @@ class DiffusionHarnessMethods:
             num_samples=self.num_samples,
             seed=self.seed,
             batch_size=self.batch_size,
+            row_keys=row_keys,
+            show_progress=True,
         )
         return bounds.log_likelihood.tolist()
 
@@ -295,6 +302,12 @@ class DiffusionHarnessMethods:
         for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return text
+
+
+def _context_key(token_ids: Sequence[int]) -> int:
+    """63 bits that depend on the tokens of a context only: not on the order or the number of requests."""
+    digest = hashlib.sha256(repr(list(token_ids)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def rolling_windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:

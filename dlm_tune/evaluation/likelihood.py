@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dlm_tune.diffusion import NELBOEstimate, enumerate_nelbo, noise_bank, summarise_replicates
 
@@ -146,6 +147,8 @@ def log_likelihood(
     num_samples: int = 128,
     seed: int = 0,
     batch_size: int = 16,
+    row_keys: Sequence[int] | None = None,
+    show_progress: bool = False,
 ) -> LogLikelihood:
     """Lower bounds on the log-likelihood of completions given their prompts, in nats.
 
@@ -154,17 +157,24 @@ def log_likelihood(
         prompts: token ids of each prompt; may be empty, unless the model's logits are shifted.
         completions: token ids of each completion; an empty one scores 0.
         num_samples: forward passes per row (a one-token completion is exact whatever the number).
-        seed: noise seed; the noise of pair `i` is keyed by `(seed, i)`, whatever the batch size.
+        seed: noise seed; the noise of pair `i` is keyed by `(seed, row_keys[i])`, whatever the batch size.
         batch_size: rows per forward pass.
+        row_keys: 64-bit integers, by default 0, 1, ...; give pairs that are compared with each other one key, so that
+            they are scored under the same noise.
+        show_progress: a progress bar over the batches.
 
     Raises:
-        ValueError: `prompts` and `completions` differ in number.
+        ValueError: `prompts`, `completions` and `row_keys` differ in number.
     """
-    if len(prompts) != len(completions):
-        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: give one completion per prompt")
+    keys = range(len(prompts)) if row_keys is None else row_keys
+    if not len(prompts) == len(completions) == len(keys):
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(completions)} completions and {len(keys)} row_keys: give one completion "
+            "(and one key, if any) per prompt"
+        )
     device = next(model.parameters()).device
     estimates = []
-    for start in range(0, len(prompts), batch_size):
+    for start in tqdm(range(0, len(prompts), batch_size), desc="Scoring", unit="batch", disable=not show_progress):
         pairs = list(zip(prompts[start : start + batch_size], completions[start : start + batch_size], strict=True))
         length = max(len(prompt) + len(completion) for prompt, completion in pairs)
         input_ids = torch.zeros(len(pairs), max(length, 1), dtype=torch.long)
@@ -182,7 +192,7 @@ def log_likelihood(
                 attention_mask.to(device),
                 num_samples=num_samples,
                 seed=seed,
-                row_keys=torch.arange(start, start + len(pairs)),
+                row_keys=torch.tensor(list(keys[start : start + batch_size])),
             )
         )
     if not estimates:

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 
 from dlm_tune.evaluation import log_likelihood
 from dlm_tune.evaluation.harness import harness_model_class, run_harness
-from dlm_tune.evaluation.harness_model import rolling_windows
+from dlm_tune.evaluation.harness_model import _context_key, rolling_windows
 from dlm_tune.generation import DiffusionGenerationConfig, decode_completion, generate
 from tests.tiny_models import EOS_ID, save_tiny_checkpoint, tiny_dream, tiny_llada, tiny_tokenizer
 
@@ -71,7 +71,8 @@ def test_three_kinds_of_tasks_run_offline(task_directory, make_model):
     encoded = [[tokenizer(text)["input_ids"] for text in ("is it?", "was it so?")], ["yes", "no"]]
     prompts = [prompt for prompt in encoded[0] for _ in range(2)]
     completions = [tokenizer(f" {answer}")["input_ids"] for answer in encoded[1]] * 2
-    expected = log_likelihood(model, prompts, completions, num_samples=16).log_likelihood
+    keys = [_context_key(prompt) for prompt in prompts]
+    expected = log_likelihood(model, prompts, completions, num_samples=16, row_keys=keys).log_likelihood
     assert bounds == pytest.approx(expected.tolist())
     accuracy = ((expected[0] > expected[1]).double() + (expected[3] > expected[2]).double()) / 2
     assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy.item())
@@ -85,9 +86,21 @@ def test_loglikelihood_is_the_bound_and_moves_spaces_to_the_continuation():
     pairs = [("a b ", "cd"), ("", "xyz"), ("q:", " a"), ("q:", "")]
     answers = harness_model(model).loglikelihood(instances("loglikelihood", *pairs))
     encoded = [[tokenizer(text)["input_ids"] for text in pair] for pair in [("a b", " cd"), *pairs[1:]]]
-    expected = log_likelihood(model, *zip(*encoded, strict=True), num_samples=16)
+    keys = [_context_key(context) if context else index for index, (context, _) in enumerate(encoded)]
+    expected = log_likelihood(model, *zip(*encoded, strict=True), num_samples=16, row_keys=keys)
     assert [answer[0] for answer in answers] == pytest.approx(expected.log_likelihood.tolist())
     assert answers[3] == (0.0, True), "nothing to write"
+
+
+def test_a_bound_does_not_depend_on_the_other_requests():
+    """Noise is keyed by the context, so limits, order and processes change no number."""
+    pairs = [("which? ", "abcd"), ("other ", "xy"), ("which? ", "efgh")]
+    model = harness_model(tiny_llada(), check_greedy=False)
+    together = model.loglikelihood(instances("loglikelihood", *pairs))
+    backwards = model.loglikelihood(instances("loglikelihood", *pairs[::-1]))[::-1]
+    alone = model.loglikelihood(instances("loglikelihood", pairs[2]))
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in backwards], rel=1e-6)
+    assert alone[0][0] == pytest.approx(together[2][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("make_model", [tiny_llada, tiny_dream])

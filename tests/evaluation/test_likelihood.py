@@ -112,5 +112,5 @@ def test_bad_arguments(arguments, words):
 
 
 def test_prompts_and_completions_must_pair_up():
-    with pytest.raises(ValueError, match="2 prompts but 1 completions"):
+    with pytest.raises(ValueError, match="2 prompts but 1 completions and 2 row_keys"):
         log_likelihood(tiny_llada(), [[1], [2]], [[3]])
