@@ -42,8 +42,9 @@ class DiffusionGenerationOutput:
         sequences: `(B, P + max_new_tokens)` long: the prompts as given, then the new tokens. After the end-of-sequence
             token that ended a row come the model's padding tokens (that end-of-sequence token where it has none).
         num_forward_passes: calls of the model, each on the rows still running.
-        trace: `(B, max_new_tokens)` long, the step that committed each token, -1 after the end of a row; None unless
-            `return_trace`. The canvas after step k is `where((trace >= 0) & (trace <= k), new tokens, mask)`.
+        trace: `(B, max_new_tokens)` long, the step that committed each token, -1 after the end of a row (also where a
+            token right of the end was committed before the row ended, and then discarded); None unless
+            `return_trace`. Where it is not -1, the canvas after step k is `where(trace <= k, new tokens, mask)`.
     """
 
     sequences: Tensor
