@@ -10,6 +10,7 @@ from datasets import Dataset
 from dlm_tune.commands.arguments import EvalArguments
 from dlm_tune.commands.checkpoint import load_checkpoint
 from dlm_tune.commands.console import say
+from dlm_tune.commands.dry_run import leave_nothing_behind
 from dlm_tune.commands.launch import check_processes
 from dlm_tune.data import load_datasets
 from dlm_tune.generation import DiffusionGenerationConfig
@@ -22,22 +23,13 @@ _NUM_SAMPLES = 5
 def run_eval(recipe: Recipe) -> None:
     """Print, and write to `output_file`, the figures that were asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {
-            "output_dir": folder,
-            "report_to": "none",
-            "push_to_hub": False,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-            "gradient_checkpointing": False,
-        }
+        overrides: dict[str, Any] = {"gradient_checkpointing": False}
         if not (recipe.get("dataset_name") or recipe.get("datasets")):
             if not recipe.get("eval_dataset_name"):
                 fault = "no evaluation data: set eval_dataset_name (a file, a directory or a Hub name)."
                 raise RecipeError([fault], recipe.title)
             overrides["dataset_name"] = recipe.get("eval_dataset_name")
-        for name, value in overrides.items():
-            recipe.set(name, value, place="dlm-tune eval")
+        leave_nothing_behind(recipe, folder, place="dlm-tune eval", **overrides)
         arguments, _, model_arguments, data_arguments, config = recipe.build()
         generation = generation_config(arguments, recipe)
         check_processes()

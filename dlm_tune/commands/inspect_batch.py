@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from dlm_tune.commands.checkpoint import find_base
 from dlm_tune.commands.console import say
+from dlm_tune.commands.dry_run import leave_nothing_behind
 from dlm_tune.data import load_datasets
 from dlm_tune.models import LLaDAConfig, LLaDAModelLM, load_tokenizer
 from dlm_tune.models.checkpoint_files import checkpoint_directory
@@ -33,16 +34,7 @@ MARKERS = {
 def run_inspect(recipe: Recipe) -> None:
     """Print rows of the first batch of a training run: tokens by kind, t, weight and denominator of each row."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {
-            "output_dir": folder,
-            "report_to": "none",
-            "push_to_hub": False,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-        }
-        for name, value in overrides.items():
-            recipe.set(name, value, place="dlm-tune inspect")
+        leave_nothing_behind(recipe, folder, place="dlm-tune inspect")
         arguments, _, model_arguments, data_arguments, config = recipe.build()
         trainer = data_only_trainer(model_arguments, data_arguments, config)
         batches, _ = trainer.get_batch_samples(
