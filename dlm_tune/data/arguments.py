@@ -10,6 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+# What the keys of a recipe may say
+EOS_POLICIES = ("one", "pad_to_block", "pad_to_max", "none")
+INVALID_ROWS = ("error", "drop")
+OVERLONG_ROWS = ("error", "drop", "truncate", "split")
+
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the choice nearest to `name`, or an empty string where none is near."""

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm_tune.data.arguments import check_choice
+from dlm_tune.data.arguments import EOS_POLICIES, check_choice
 
 _IGNORED_LABEL = -100
-_EOS_POLICIES = ("one", "pad_to_block", "pad_to_max", "none")
 
 
 @dataclass
@@ -53,7 +52,7 @@ class DiffusionCollator:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("eos_policy", self.eos_policy, _EOS_POLICIES)
+        check_choice("eos_policy", self.eos_policy, EOS_POLICIES)
         check_choice("padding_side", self.padding_side, ("right", "left"))
         if (self.eos_policy == "pad_to_block") != (self.block_length is not None):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from dlm_tune.data.arguments import check_choice, did_you_mean
+from dlm_tune.data.arguments import INVALID_ROWS, check_choice, did_you_mean
 from dlm_tune.data.row_report import RowReport
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -124,7 +124,7 @@ def check_raw_rows(
     dataset = select_format(dataset, text_field=text_field, source=f"the {name} data set")
     columns = [column for column in dataset.column_names if column not in COMPANION_COLUMNS]
     find_fault = _fault_finder(columns)
-    check_choice("invalid_rows", invalid_rows, ("error", "drop"))
+    check_choice("invalid_rows", invalid_rows, INVALID_ROWS)
     report = RowReport(name, len(dataset))
     if find_fault is not None:
         position = 0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
-from dlm_tune.data.arguments import check_choice
+from dlm_tune.data.arguments import INVALID_ROWS, OVERLONG_ROWS, check_choice
 from dlm_tune.data.row_report import NUM_SHOWN, RowReport, is_main_process
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ def check_rows(
 def _check_settings(
     dataset: Dataset, max_length: int | None, invalid_rows: str, overlong_rows: str, first_target_position: int
 ) -> None:
-    check_choice("invalid_rows", invalid_rows, ("error", "drop"))
-    check_choice("overlong_rows", overlong_rows, ("error", "drop", "truncate", "split"))
+    check_choice("invalid_rows", invalid_rows, INVALID_ROWS)
+    check_choice("overlong_rows", overlong_rows, OVERLONG_ROWS)
     if max_length is not None and max_length <= first_target_position:
         raise ValueError(
             f"max_length={max_length} leaves no position for a target: use at least 2, or null for no limit."

@@ -11,6 +11,7 @@ Both have the same expectation, the continuous-time NELBO (`bernoulli` up to a b
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class NoisyBatch:
     masked: Tensor
     weights: Tensor
     timesteps: Tensor
+
+    @cached_property
+    def masked_rows(self) -> Tensor:
+        """(N,) int64, the row of each masked token in row-major order; found once, since it synchronises a GPU."""
+        return self.masked.nonzero()[:, 0]
 
 
 def corrupt(

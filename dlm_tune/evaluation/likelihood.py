@@ -99,8 +99,7 @@ def estimate_nelbo(
         samples = []
         for noisy in bank:
             nll = cross_entropy(slice(None), noisy.noisy_input_ids, noisy.masked)
-            rows = noisy.masked.nonzero()[:, 0]
-            samples.append(noisy.weights * torch.zeros_like(noisy.weights).index_add(0, rows, nll))
+            samples.append(noisy.weights * torch.zeros_like(noisy.weights).index_add(0, noisy.masked_rows, nll))
     finally:
         model.train(was_training)
     nats, standard_error = summarise_replicates(torch.stack(samples, dim=1), replicates)

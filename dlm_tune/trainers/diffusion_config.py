@@ -5,11 +5,9 @@ from typing import Any
 
 from trl import SFTConfig
 
+from dlm_tune.data.arguments import EOS_POLICIES, INVALID_ROWS, OVERLONG_ROWS
 from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NORMALIZATIONS, TIMESTEP_SAMPLERS
 
-EOS_POLICIES = ("one", "pad_to_block", "pad_to_max", "none")
-INVALID_ROWS = ("error", "drop")
-OVERLONG_ROWS = ("error", "drop", "truncate", "split")
 DEFAULT_NOISE_EPSILON = 1e-3
 
 # Arguments of SFTConfig and TrainingArguments that cannot be honoured here, each with the reason and the way out.

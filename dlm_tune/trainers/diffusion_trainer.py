@@ -270,8 +270,8 @@ class DiffusionTrainer(SFTTrainer):
         """
         noisy = inputs["noisy"]
         outputs = self._score(model, inputs, noisy)
-        rows = noisy.masked.nonzero()[:, 0]
-        loss = (outputs.token_nll * inputs["loss_weights"][rows].to(outputs.token_nll.dtype)).sum()
+        token_weights = inputs["loss_weights"][noisy.masked_rows].to(outputs.token_nll.dtype)
+        loss = (outputs.token_nll * token_weights).sum()
         self._training_sums += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"]).sum(0)
         return loss * self.accelerator.num_processes
 

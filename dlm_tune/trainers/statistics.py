@@ -27,14 +27,13 @@ def row_statistics(token_nll: Tensor, is_top1: Tensor, noisy: NoisyBatch, target
     Returns:
         (B, NUM_COLUMNS) float64.
     """
-    rows = noisy.masked.nonzero()[:, 0]
     num_targets, num_masked = target_mask.sum(dim=1).double(), noisy.masked.sum(dim=1).double()
     fraction = num_masked / num_targets.clamp(min=1)
     bucket = (fraction * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
 
     zeros = torch.zeros(len(target_mask), dtype=torch.float64, device=target_mask.device)
-    nll = zeros.index_add(0, rows, token_nll.detach().double())
-    top1 = zeros.index_add(0, rows, is_top1.double())
+    nll = zeros.index_add(0, noisy.masked_rows, token_nll.detach().double())
+    top1 = zeros.index_add(0, noisy.masked_rows, is_top1.double())
     in_bucket = torch.nn.functional.one_hot(bucket, NUM_BUCKETS).double()
     columns = [torch.ones_like(zeros), noisy.timesteps, noisy.weights * nll, num_targets, num_masked, top1]
     by_bucket = (in_bucket[:, None] * torch.stack([nll, top1, num_masked], dim=1)[:, :, None]).flatten(1)
