@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace, implementation: str, head_kind: str) 
         if implementation == "dense":
             loss = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
         else:
-            loss = score_targets(head, hidden, targets, arguments.vocab)[0].sum()
+            loss = score_targets(head, hidden, targets, arguments.vocab)[1].sum()
         loss.backward()
         return float(loss)
 

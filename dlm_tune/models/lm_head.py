@@ -25,17 +25,39 @@ def score_targets(
     hidden: Tensor,
     target_ids: Tensor,
     vocab_size: int,
+    *,
+    token_weights: Tensor | None = None,
+    logit_softcap: float | None = None,
     max_chunk_logits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the targets' negative log-likelihoods (N,) in float32 nats, and whether each is the largest logit (N,).
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the weighted loss, the targets' negative log-likelihoods, and whether each target is the largest logit.
 
     Args:
         head: module from (n, D) to (n, V).
         hidden: (N, D) hidden states of the predicting positions.
         target_ids: (N,) long.
         vocab_size: V, only to size the chunks.
+        token_weights: (N,) float weights of the scores in the loss.
+        logit_softcap: logits become `cap * tanh(logits / cap)`.
         max_chunk_logits: largest number of logits held at a time (at least one row is); default MAX_CHUNK_LOGITS.
+
+    Returns:
+        Scalar float32 `sum(token_weights * nll)`, differentiable, or None without `token_weights`; (N,) float32 nats,
+        differentiable only without `token_weights`; (N,) bool.
     """
+    nll, is_top1 = _score(head, hidden, target_ids, vocab_size, max_chunk_logits)
+    if token_weights is None:
+        return None, nll, is_top1
+    return (nll * token_weights.to(nll.dtype)).sum(), nll.detach(), is_top1
+
+
+def _score(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target_ids: Tensor,
+    vocab_size: int,
+    max_chunk_logits: int | None = None,
+) -> tuple[Tensor, Tensor]:
     rows = max(1, (max_chunk_logits or MAX_CHUNK_LOGITS) // vocab_size)
     num_chunks = _same_on_all_ranks(head, -(-hidden.shape[0] // rows), hidden.device)
     if num_chunks <= 1:

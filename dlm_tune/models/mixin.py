@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
+from dlm_tune.models.documents import document_attention, document_position_ids
 from dlm_tune.models.lm_head import project_positions, score_targets
 
 
@@ -16,10 +17,12 @@ class MaskedTokenScores(ModelOutput):
     """Scores of the selected positions, in row-major order of `target_mask`.
 
     Attributes:
-        token_nll: (N,) float32, -log p(target) in nats; differentiable.
+        loss: scalar float32, sum of `target_weights` times `token_nll`; differentiable. Only with `target_weights`.
+        token_nll: (N,) float32, -log p(target) in nats; differentiable, but not where `target_weights` are given.
         is_top1: (N,) bool, whether the target has the largest logit.
     """
 
+    loss: Tensor | None = None
     token_nll: Tensor | None = None
     is_top1: Tensor | None = None
 
@@ -39,7 +42,9 @@ class DiffusionMixin:
         use_cache: bool | None = None,
         target_ids: Tensor | None = None,
         target_mask: Tensor | None = None,
+        target_weights: Tensor | None = None,
         position_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model in one of three modes.
@@ -54,7 +59,12 @@ class DiffusionMixin:
             use_cache: keep keys and values; default False, since bidirectional attention changes them at every step.
             target_ids: (B, L) clean tokens, read where `target_mask` is True.
             target_mask: (B, L) bool, positions to score.
+            target_weights: (B, L) float, read where `target_mask` is True: asks for the weighted sum of the scores as
+                `loss`, whose gradient is computed in the forward pass (nothing of size V is kept or recomputed).
             position_mask: (B, L) bool, positions whose logits are wanted.
+            document_ids: (B, L) long instead of `attention_mask` and `position_ids`, for packed rows: tokens attend
+                only to tokens of the same id, positions restart with each document, 0 marks padding. The tokens of a
+                document are contiguous.
             **kwargs: passed on to the transformer.
 
         Returns:
@@ -65,9 +75,19 @@ class DiffusionMixin:
         Raises:
             ValueError: on `labels`, on inconsistent arguments or shapes.
         """
-        _check_modes(labels, target_ids, target_mask, position_mask)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = padded_position_ids(attention_mask)
+        _check_modes(labels, target_ids, target_mask, target_weights, position_mask)
+        first_columns = None
+        if document_ids is not None:
+            if attention_mask is not None or position_ids is not None:
+                raise ValueError("document_ids stand for attention_mask and position_ids: give one or the other")
+            position_ids = document_position_ids(document_ids)
+            first_columns = position_ids == 0
+            attention_mask, attention_kwargs = document_attention(document_ids, self)
+            kwargs |= attention_kwargs
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            padded = padded_position_ids(attention_mask)
+            first_columns = padded == 0
+            position_ids = padded if position_ids is None else position_ids
         attention_mask = _additive_if_eager(attention_mask, self)
         inputs = {
             "input_ids": input_ids,
@@ -82,13 +102,20 @@ class DiffusionMixin:
         for name in ("return_dict", "logits_to_keep"):
             kwargs.pop(name, None)
         hidden = self.model(**inputs, **kwargs).last_hidden_state  # type: ignore[attr-defined]
-        selected = select_hidden(hidden, selection, attention_mask, self.config.logits_shift)  # type: ignore[attr-defined]
+        selected = select_hidden(hidden, selection, first_columns, self.config.logits_shift)  # type: ignore[attr-defined]
         head = self.get_output_embeddings()  # type: ignore[attr-defined]
         if target_mask is None:
             return CausalLMOutput(logits=project_positions(head, selected))
         assert target_ids is not None
-        token_nll, is_top1 = score_targets(head, selected, target_ids[target_mask], self.config.vocab_size)  # type: ignore[attr-defined]
-        return MaskedTokenScores(token_nll=token_nll, is_top1=is_top1)
+        loss, token_nll, is_top1 = score_targets(
+            head,
+            selected,
+            target_ids[target_mask],
+            self.config.vocab_size,  # type: ignore[attr-defined]
+            token_weights=None if target_weights is None else target_weights[target_mask],
+            logit_softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+        return MaskedTokenScores(loss=loss, token_nll=token_nll, is_top1=is_top1)
 
     def predict_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_mask: Tensor, **kwargs: Any
@@ -117,11 +144,17 @@ def padded_position_ids(attention_mask: Tensor) -> Tensor:
     return (torch.arange(length, device=attention_mask.device) - first).clamp(min=0)
 
 
-def select_hidden(hidden: Tensor, selection: Tensor, attention_mask: Tensor | None, logits_shift: bool) -> Tensor:
+def select_hidden(hidden: Tensor, selection: Tensor, is_first: Tensor | None, logits_shift: bool) -> Tensor:
     """Return the (N, D) hidden states that predict the selected positions, in row-major order.
 
-    With `logits_shift` the predictor of position i is i - 1, as in models initialised from next-token prediction; a
-    row's first token has no predecessor and keeps its own state, as in Dream's sampler.
+    With `logits_shift` the predictor of position i is i - 1, as in models initialised from next-token prediction; the
+    first token of a row, or of a packed document, has no predecessor and keeps its own state, as in Dream's sampler.
+
+    Args:
+        hidden: (B, L, D).
+        selection: (B, L), true at the selected positions.
+        is_first: (B, L) bool, the first tokens (and padding before them); None for column 0.
+        logits_shift: whether logits are shifted right by one.
     """
     if hidden.shape[:2] != selection.shape:
         raise ValueError(
@@ -132,14 +165,11 @@ def select_hidden(hidden: Tensor, selection: Tensor, attention_mask: Tensor | No
     if not logits_shift:
         return hidden[selection.bool()]
     rows, columns = selection.nonzero(as_tuple=True)
-    first = torch.zeros_like(rows)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        first = attention_mask.bool().int().argmax(dim=1)[rows]
-    predictors = torch.where(columns > first, columns - 1, columns)
-    return hidden[rows, predictors]
+    keeps_own = columns == 0 if is_first is None else is_first[rows, columns]
+    return hidden[rows, torch.where(keeps_own, columns, columns - 1)]
 
 
-def _check_modes(labels: Any, target_ids: Any, target_mask: Any, position_mask: Any) -> None:
+def _check_modes(labels: Any, target_ids: Any, target_mask: Any, target_weights: Any, position_mask: Any) -> None:
     if labels is not None:
         raise ValueError(
             "labels were given, but their loss is the causal one (shifted, at every position), which is wrong for a "
@@ -147,6 +177,8 @@ def _check_modes(labels: Any, target_ids: Any, target_mask: Any, position_mask: 
         )
     if (target_ids is None) != (target_mask is None):
         raise ValueError("target_ids and target_mask belong together: give both, or neither")
+    if target_weights is not None and target_mask is None:
+        raise ValueError("target_weights weigh the scores of target_ids at target_mask: give these too")
     if target_mask is not None and position_mask is not None:
         raise ValueError("target_mask (scores) and position_mask (logits) are two modes of the forward; give one")
 

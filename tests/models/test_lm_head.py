@@ -37,7 +37,7 @@ def test_values_and_gradients_equal_dense(trainable: bool, count: int, rows: int
     head, hidden, targets, weights = make_inputs(count)
     head.weight.requires_grad_(trainable)
     inputs = (hidden, head.weight) if trainable else (hidden,)
-    nll, hits = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=rows * VOCAB)
+    _, nll, hits = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=rows * VOCAB)
     gradients = torch.autograd.grad((nll * weights).sum(), inputs)
     expected_nll, expected_hits = dense(head, hidden, targets)
     expected = torch.autograd.grad((expected_nll * weights).sum(), inputs)
@@ -48,7 +48,7 @@ def test_values_and_gradients_equal_dense(trainable: bool, count: int, rows: int
 
 def test_budget_smaller_than_a_row_still_scores_every_row() -> None:
     head, hidden, targets, _ = make_inputs(4)
-    nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=1)
+    _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=1)
     torch.testing.assert_close(nll, dense(head, hidden, targets)[0])
 
 
@@ -68,7 +68,7 @@ class CountingHead(nn.Linear):
 def test_one_small_chunk_is_not_recomputed(count: int, forward_calls: int, total_calls: int) -> None:
     head = CountingHead(WIDTH, VOCAB, bias=False)
     _, hidden, targets, _ = make_inputs(count)
-    nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=4 * VOCAB)
+    _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=4 * VOCAB)
     assert head.calls == forward_calls
     nll.sum().backward()
     assert head.calls == total_calls
@@ -84,7 +84,7 @@ def test_chunks_keep_no_logits_and_a_frozen_head_no_gradient() -> None:
     head.weight.requires_grad_(False)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB)
+        _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB)
     assert max(saved, default=0) <= 2 * WIDTH
     nll.sum().backward()
     assert head.weight.grad is None
@@ -94,7 +94,7 @@ def test_loss_is_float32_under_bfloat16_autocast() -> None:
     """The logits are bfloat16 there; the log-softmax over them must not be."""
     head, hidden, targets, weights = make_inputs(9)
     with torch.autocast("cpu", torch.bfloat16):
-        nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB)
+        _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB)
         logits = head(hidden)
     assert (logits.dtype, nll.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(nll, F.cross_entropy(logits.float(), targets, reduction="none"), rtol=0, atol=1e-6)
