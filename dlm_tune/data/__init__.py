@@ -10,10 +10,14 @@ _PUBLIC_NAMES = {
     "DatasetArguments": "dlm_tune.data.arguments",
     "DatasetEntry": "dlm_tune.data.arguments",
     "DiffusionCollator": "dlm_tune.data.collator",
+    "PackedRows": "dlm_tune.data.packing",
     "check_raw_rows": "dlm_tune.data.formats",
     "check_rows": "dlm_tune.data.rows",
+    "document_ids": "dlm_tune.data.packing",
     "find_format": "dlm_tune.data.formats",
     "load_datasets": "dlm_tune.data.loading",
+    "plan_packing": "dlm_tune.data.packing",
+    "to_sequences": "dlm_tune.data.packing",
 }
 
 __all__ = list(_PUBLIC_NAMES)

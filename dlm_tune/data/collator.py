@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from datasets import Dataset
 
 from dlm_tune.data.arguments import EOS_POLICIES, check_choice
 
 _IGNORED_LABEL = -100
+_BATCH_SIZE = 10_000
 
 
 @dataclass
@@ -33,8 +35,9 @@ class DiffusionCollator:
         eos_token_id: Token that is added at the end of answers.
         eos_policy: One of the policies above.
         block_length: Block of `pad_to_block`, in tokens.
-        pad_to_multiple_of: The batch's length becomes a multiple of this, with padding.
-        padding_side: Side of the padding.
+        pad_to_multiple_of: The length of what the model sees, padded rows or packed sequences, becomes a multiple of
+            this, with padding.
+        padding_side: Side of the padding; packed sequences are always padded on the right.
         end_of_turn_ids: Tokens that end an answer as EOS does.
         max_length: Longest row that added EOS may make; None for no limit.
 
@@ -68,17 +71,73 @@ class DiffusionCollator:
                 raise ValueError(f"{key} is missing: the tokenizer must define it.")
         self._terminal_ids = np.array(sorted({self.eos_token_id, *self.end_of_turn_ids}))
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch of `rows`, each `{input_ids, labels, row_index}`.
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of `items`: rows `{input_ids, labels, row_index}`, or `{"rows": [row, ...]}` to be packed.
+
+        The batch is the row view, R rows that are padded to the longest; noise, weights and statistics use no other.
+        Rows of packed items are numbered item by item and keep their order.
 
         Returns:
-            `input_ids` (B, L) long; `attention_mask` (B, L) long, 1 on content and on added EOS; `target_mask` (B, L)
-            bool; `row_index` (B,) long; `eos_padding_mask` (B, L) bool, the EOS that fills an answer after its end
-            (for display, the model does not take it).
+            `input_ids` (R, Lr) long; `attention_mask` (R, Lr) long, 1 on content and on added EOS; `target_mask`
+            (R, Lr) bool; `row_index` (R,) long; `eos_padding_mask` (R, Lr) bool, the EOS that fills an answer after
+            its end (for display, the model does not take it). Of packed items also `packed_position` (R, Lr) long,
+            where `to_sequences` puts each token: sequence * L + column, and B * L for padding; and `packed_shape`,
+            the integers (B, L), L being the fullest sequence (see `pad_to_multiple_of`).
 
         Raises:
-            ValueError: If the rows carry no `row_index`.
+            ValueError: If the rows carry no `row_index`, or settings do not go with packed items.
         """
+        if "rows" not in items[0]:
+            return self._pad(items, self.pad_to_multiple_of)[0]
+        self._check_packable()
+        rows = [row for item in items for row in item["rows"]]
+        batch, lengths = self._pad(rows, None)
+        # where each row starts in its sequence, and which sequence that is
+        sequence_of = np.repeat(np.arange(len(items)), [len(item["rows"]) for item in items])
+        tokens = np.bincount(sequence_of, weights=lengths, minlength=len(items)).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths - (np.cumsum(tokens) - tokens)[sequence_of]
+        size = self._rounded(int(tokens.max()), self.pad_to_multiple_of)
+        position = np.arange(batch["input_ids"].shape[1])
+        places = (sequence_of * size + starts)[:, None] + position
+        places[position >= lengths[:, None]] = len(items) * size
+        batch["packed_position"] = torch.from_numpy(places)
+        batch["packed_shape"] = (len(items), size)
+        return batch
+
+    def row_lengths(self, dataset: Dataset) -> np.ndarray:
+        """Return the tokens (rows,) of each row of a checked data set, with the EOS that the collator will add.
+
+        Raises:
+            ValueError: Where the EOS depends on the other rows of a batch (`pad_to_max`).
+        """
+        self._check_packable()
+        lengths = [np.zeros(0, dtype=np.int64)]
+        for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=_BATCH_SIZE):
+            plain = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+            input_ids, labels = (pc.list_flatten(table[column]).to_numpy() for column in ("input_ids", "labels"))
+            num_end, num_filling = self._count_eos(input_ids, labels, plain)
+            lengths.append(plain + num_end + num_filling)
+        return np.concatenate(lengths)
+
+    def _check_packable(self) -> None:
+        faults = []
+        if self.eos_policy == "pad_to_max":
+            faults.append(
+                "eos_policy='pad_to_max' makes the length of a row depend on the other rows of its batch, and packed "
+                "sequences are planned before there are batches: choose 'one', 'none' or 'pad_to_block' (with the "
+                "block_length of generation), or do not pack"
+            )
+        if self.padding_side == "left":
+            faults.append("padding_side='left' has no meaning for packed sequences: choose 'right'")
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
+
+    @staticmethod
+    def _rounded(size: int, multiple: int | None) -> int:
+        return size if multiple is None else -(-size // multiple) * multiple
+
+    def _pad(self, rows: Sequence[Mapping[str, Any]], multiple: int | None) -> tuple[dict[str, Any], np.ndarray]:
+        """Return the row view and the length of each row with its EOS."""
         if "row_index" not in rows[0]:
             raise ValueError(
                 f"rows have the columns {sorted(rows[0])} but no 'row_index', the key of their noise: pass the data "
@@ -89,10 +148,7 @@ class DiffusionCollator:
         labels = np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in rows])
         num_end, num_filling = self._count_eos(input_ids, labels, lengths)
         full_lengths = lengths + num_end + num_filling
-        size = int(full_lengths.max())
-        if self.pad_to_multiple_of is not None:
-            size = -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of
-
+        size = self._rounded(int(full_lengths.max()), multiple)
         position = np.arange(size)[None]
         if self.padding_side == "left":
             position = position - (size - full_lengths[:, None])
@@ -103,13 +159,14 @@ class DiffusionCollator:
         ids[in_eos] = self.eos_token_id
         is_target = in_eos.copy()
         is_target[in_row] = labels != _IGNORED_LABEL
-        return {
+        batch = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy((in_row | in_eos).astype(np.int64)),
             "target_mask": torch.from_numpy(is_target),
             "row_index": torch.tensor([int(row["row_index"]) for row in rows]),
             "eos_padding_mask": torch.from_numpy(in_eos & (position >= (lengths + num_end)[:, None])),
         }
+        return batch, full_lengths
 
     def _count_eos(
         self, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray

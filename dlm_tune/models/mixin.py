@@ -185,9 +185,9 @@ def _check_modes(labels: Any, target_ids: Any, target_mask: Any, target_weights:
 
 def _additive_if_eager(attention_mask: Tensor | None, model: Any) -> Tensor | None:
     """Eager attention adds its mask to the scores, so a boolean 4D mask would pass for a bias of 0 and 1."""
-    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+    if model.config._attn_implementation != "eager" or attention_mask is None:
         return attention_mask
-    if model.config._attn_implementation != "eager":
+    if attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
         return attention_mask
     dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
