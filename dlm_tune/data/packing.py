@@ -67,7 +67,7 @@ def plan_packing(lengths: np.ndarray | Sequence[int], max_length: int) -> list[n
     sequence_of[order] = np.repeat(chosen, taken)
     rows = np.argsort(sequence_of, kind="stable")
     ends = np.cumsum(np.bincount(sequence_of, minlength=num_sequences))
-    return [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return np.split(rows, ends[:-1]) if num_sequences else []
 
 
 def _check_lengths(lengths: np.ndarray, max_length: int) -> None:

@@ -53,7 +53,7 @@ class DiffusionMixin:
             input_ids: (B, L) tokens, the noisy ones in training.
             attention_mask: (B, L), 1 where a token is attended; or (B, 1, L, L), True where query attends to key.
             position_ids: (B, L); by default each row counts from its first attended token, so that left and right
-                padding give the logits of the unpadded row.
+                padding give the logits of the unpadded row. Beside a 4D mask they tell by a 0 where a row begins.
             inputs_embeds: (B, L, D) instead of `input_ids`.
             labels: must be None; the causal loss shifts them and scores every position.
             use_cache: keep keys and values; default False, since bidirectional attention changes them at every step.
@@ -88,6 +88,8 @@ class DiffusionMixin:
             padded = padded_position_ids(attention_mask)
             first_columns = padded == 0
             position_ids = padded if position_ids is None else position_ids
+        elif position_ids is not None:
+            first_columns = position_ids == 0
         attention_mask = _additive_if_eager(attention_mask, self)
         inputs = {
             "input_ids": input_ids,
@@ -153,7 +155,7 @@ def select_hidden(hidden: Tensor, selection: Tensor, is_first: Tensor | None, lo
     Args:
         hidden: (B, L, D).
         selection: (B, L), true at the selected positions.
-        is_first: (B, L) bool, the first tokens (and padding before them); None for column 0.
+        is_first: (B, L) bool, first tokens (and padding before them) beside those of column 0; None for no others.
         logits_shift: whether logits are shifted right by one.
     """
     if hidden.shape[:2] != selection.shape:
@@ -165,7 +167,9 @@ def select_hidden(hidden: Tensor, selection: Tensor, is_first: Tensor | None, lo
     if not logits_shift:
         return hidden[selection.bool()]
     rows, columns = selection.nonzero(as_tuple=True)
-    keeps_own = columns == 0 if is_first is None else is_first[rows, columns]
+    keeps_own = columns == 0
+    if is_first is not None:
+        keeps_own = keeps_own | is_first.expand_as(selection)[rows, columns]
     return hidden[rows, torch.where(keeps_own, columns, columns - 1)]
 
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,3 +201,26 @@ def test_missing_eos_token():
 def test_rows_that_were_not_checked():
     with pytest.raises(ValueError, match=r"no 'row_index'.*check_rows first"):
         DiffusionCollator(PAD, EOS)([{"input_ids": [1], "labels": [1]}])
+
+
+def test_what_packing_does_not_go_with():
+    row = {"input_ids": [1], "labels": [1], "row_index": 0}
+    collator = DiffusionCollator(PAD, EOS, "pad_to_max", padding_side="left")
+    words = r"eos_policy='pad_to_max' makes the length .* depend on the other rows.*padding_side='left' has no meaning"
+    with pytest.raises(ValueError, match=words):
+        collator([{"rows": [row]}])
+    with pytest.raises(ValueError, match=words):
+        collator.row_lengths(Dataset.from_list([row]))
+
+
+def test_packed_keys_exist_only_where_rows_are_packed():
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "row_index": 4}
+    short = {"input_ids": [8, 9], "labels": [-100, 9], "row_index": 2}
+    collator = DiffusionCollator(PAD, EOS, pad_to_multiple_of=5)
+    unpacked = collator([row, short])
+    assert not {"packed_position", "packed_shape"} & set(unpacked)
+    packed = collator([{"rows": [row, short]}, {"rows": [short]}])
+    assert packed["packed_shape"] == (2, 10)
+    padding = 20
+    assert packed["packed_position"].tolist() == [[0, 1, 2, 3], [4, 5, 6, padding], [10, 11, 12, padding]]
+    assert packed["row_index"].tolist() == [4, 2, 2]

@@ -167,10 +167,58 @@ def test_gradients_equal_dense(build: Any) -> None:
             logits = model(input_ids=tokens).logits
             if model.config.logits_shift:
                 logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-            nll = F.cross_entropy(logits[selected].float(), tokens[selected], reduction="none")
+            nll = F.cross_entropy(logits[selected], tokens[selected], reduction="none")
         nll.sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+
+
+@both_attentions
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shift_with_padding_and_with_a_4d_mask(attention: str, side: str) -> None:
+    """Each row is scored from the states before it, its first token from its own; given either kind of mask."""
+    model = tiny_dream()
+    model.set_attn_implementation(attention)
+    tokens, mask = pad(ragged_rows(), side)
+    targets = mask.bool()
+    own = (targets[:, :, None] == targets[:, None, :])[:, None]
+    arguments = {"input_ids": tokens, "position_mask": targets}
+    with torch.no_grad():
+        two_dimensional = model(attention_mask=mask, **arguments).logits
+        documents = model(document_ids=mask * torch.arange(1, 4)[:, None], **arguments).logits
+    alone = [logits_of(model, row[None])[0] for row in ragged_rows()]
+    expected = torch.cat([torch.cat([logits[:1], logits[:-1]]) for logits in alone])
+    torch.testing.assert_close(two_dimensional, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(documents, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        four_dimensional = model(attention_mask=own, position_ids=padded_position_ids(mask), **arguments).logits
+    torch.testing.assert_close(four_dimensional, expected, rtol=0, atol=1e-5)
+
+
+def test_shift_of_a_window_that_starts_inside_a_row() -> None:
+    """The first column has no predecessor in the window, whatever its position."""
+    model, tokens = tiny_dream(), torch.randint(3, 120, (1, 4))
+    window = {"input_ids": tokens, "position_ids": torch.arange(5, 9)[None]}
+    with torch.no_grad():
+        plain = model(**window).logits
+        selected = model(position_mask=torch.ones_like(tokens, dtype=torch.bool), **window).logits
+    torch.testing.assert_close(selected, torch.cat([plain[0, :1], plain[0, :-1]]), rtol=0, atol=1e-5)
+
+
+def test_documents_stand_for_the_mask_and_the_positions() -> None:
+    model, tokens = tiny_llada(), torch.randint(3, 120, (1, 4))
+    for other in ({"attention_mask": torch.ones(1, 4)}, {"position_ids": torch.arange(4)[None]}):
+        with pytest.raises(ValueError, match="document_ids stand for attention_mask and position_ids"):
+            model(input_ids=tokens, document_ids=torch.ones_like(tokens), **other)
+
+
+def test_documents_pass_through_a_peft_model() -> None:
+    model = tiny_dream()
+    tokens, documents = torch.randint(3, 120, (1, 7)), torch.tensor([[1, 1, 1, 2, 2, 2, 2]])
+    arguments = {"input_ids": tokens, "document_ids": documents, "target_ids": tokens, "target_mask": documents > 0}
+    plain = model(**arguments).token_nll
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.testing.assert_close(peft_model(**arguments).token_nll, plain)
 
 
 def test_empty_selection_is_a_differentiable_zero() -> None:
