@@ -1,20 +1,26 @@
 """The language-model head at chosen positions, without (B, L, V) logits.
 
 For N selected positions and V tokens a dense computation holds several (N, V) float32 tensors; here chunks of at most
-`MAX_CHUNK_LOGITS` logits exist at a time, and each is computed again in the backward pass. The head is always called
-as a module, so that adapters on it and parameter gathering (ZeRO-3, FSDP) work.
+`MAX_CHUNK_LOGITS` logits exist at a time. A plain `nn.Linear` is scored by `fused_head`, which computes gradients in
+the forward pass. Any other head (adapters on it, quantised, hooked, partitioned by ZeRO-3 or FSDP2) is called as a
+module on each chunk, and again in the backward pass.
 
 The mask token's logit is not suppressed: LLaDA trains with it, and it is never a target, so the model learns that its
 probability is zero. The sampler suppresses it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from dlm_tune.models.fused_head import LinearHead, TokenScores, WeightedLoss, compute_dtype, score_rows
 
 # 2**25 float32 logits are 128 MiB: 265 rows of LLaDA's vocabulary.
 MAX_CHUNK_LOGITS = 2**25
@@ -37,41 +43,55 @@ def score_targets(
         hidden: (N, D) hidden states of the predicting positions.
         target_ids: (N,) long.
         vocab_size: V, only to size the chunks.
-        token_weights: (N,) float weights of the scores in the loss.
+        token_weights: (N,) float weights of the scores in the loss; constants.
         logit_softcap: logits become `cap * tanh(logits / cap)`.
         max_chunk_logits: largest number of logits held at a time (at least one row is); default MAX_CHUNK_LOGITS.
 
     Returns:
         Scalar float32 `sum(token_weights * nll)`, differentiable, or None without `token_weights`; (N,) float32 nats,
-        differentiable only without `token_weights`; (N,) bool.
+        differentiable only without `token_weights`; (N,) bool. Float64 hidden states give float64.
+
+    Raises:
+        RuntimeError: on a second backward pass through the loss of a plain linear head.
     """
-    nll, is_top1 = _score(head, hidden, target_ids, vocab_size, max_chunk_logits)
+    rows = max(1, (max_chunk_logits or MAX_CHUNK_LOGITS) // vocab_size)
+    linear = plain_linear(head, hidden)
+    if linear is None:
+        nll, is_top1 = _score_by_calls(head, hidden, target_ids, rows, logit_softcap)
+    else:
+        tensors = LinearHead(linear.weight, linear.bias, logit_softcap, rows)
+        head_is_trainable = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+        if not (torch.is_grad_enabled() and (head_is_trainable or hidden.requires_grad)):
+            nll, is_top1, *_ = score_rows(tensors, hidden, target_ids)
+        elif token_weights is not None:
+            weights = token_weights.detach()
+            return WeightedLoss.apply(hidden, linear.weight, linear.bias, target_ids, weights, tensors)
+        elif head_is_trainable:
+            nll, is_top1 = _score_by_calls(linear, hidden, target_ids, rows, logit_softcap)
+        else:
+            nll, is_top1 = TokenScores.apply(hidden, target_ids, tensors)
     if token_weights is None:
         return None, nll, is_top1
-    return (nll * token_weights.to(nll.dtype)).sum(), nll.detach(), is_top1
+    return (nll * token_weights.detach().to(nll.dtype)).sum(), nll.detach(), is_top1
 
 
-def _score(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    target_ids: Tensor,
-    vocab_size: int,
-    max_chunk_logits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    rows = max(1, (max_chunk_logits or MAX_CHUNK_LOGITS) // vocab_size)
-    num_chunks = _same_on_all_ranks(head, -(-hidden.shape[0] // rows), hidden.device)
-    if num_chunks <= 1:
-        return _score_chunk(head, hidden, target_ids)
-    recompute = torch.is_grad_enabled()
-    nlls, hits = [], []
-    for index in range(num_chunks):
-        chunk = slice(index * rows, (index + 1) * rows)
-        inputs = (head, hidden[chunk], target_ids[chunk])
-        # A head that computes its gradient in the forward pass would replace this line and need no recomputation.
-        nll, hit = checkpoint(_score_chunk, *inputs, use_reentrant=False) if recompute else _score_chunk(*inputs)
-        nlls.append(nll)
-        hits.append(hit)
-    return torch.cat(nlls), torch.cat(hits)
+def plain_linear(head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Linear | None:
+    """The `nn.Linear` that calling `head` on `hidden` amounts to, if reading its weight is the same as calling it."""
+    if type(head) is ModulesToSaveWrapper and not _is_altered(head):
+        head = _active_module(head)
+    if type(head) is not nn.Linear or _is_altered(head):
+        return None
+    for parameter in (head.weight, head.bias):
+        if parameter is None:
+            continue
+        # a tensor subclass (DTensor, quantised) computes in its own way, and ZeRO-3 holds a part only
+        if type(parameter) not in (nn.Parameter, Tensor) or hasattr(parameter, "ds_id"):
+            return None
+        if parameter.device != hidden.device:
+            return None
+        if compute_dtype(hidden) == hidden.dtype != parameter.dtype:
+            return None
+    return head
 
 
 def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -79,17 +99,57 @@ def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tenso
     return head(hidden)
 
 
-def _score_chunk(head: Callable[[Tensor], Tensor], hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _active_module(wrapper: Any) -> Any:
+    """The module that peft's wrapper of a fully trained copy calls."""
+    is_active = wrapper.active_adapters and not wrapper.disable_adapters
+    is_active = is_active and all(name in wrapper.modules_to_save for name in wrapper.active_adapters)
+    return wrapper.modules_to_save[wrapper.active_adapters[0]] if is_active else wrapper.original_module
+
+
+def _is_altered(module: Any) -> bool:
+    """Whether calling the module does more than its class says: hooks, or a `forward` set on the instance."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _score_by_calls(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target_ids: Tensor,
+    rows: int,
+    logit_softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Call the head on each chunk of rows, and again in the backward pass if there is more than one chunk."""
+    num_chunks = _same_on_all_ranks(head, -(-hidden.shape[0] // rows), hidden.device)
+    if num_chunks <= 1:
+        return _score_chunk(head, hidden, target_ids, logit_softcap)
+    nlls, hits = [], []
+    for index in range(num_chunks):
+        chunk = slice(index * rows, (index + 1) * rows)
+        inputs = (head, hidden[chunk], target_ids[chunk], logit_softcap)
+        recompute = torch.is_grad_enabled()
+        nll, hit = checkpoint(_score_chunk, *inputs, use_reentrant=False) if recompute else _score_chunk(*inputs)
+        nlls.append(nll)
+        hits.append(hit)
+    return torch.cat(nlls), torch.cat(hits)
+
+
+def _score_chunk(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, target_ids: Tensor, logit_softcap: float | None
+) -> tuple[Tensor, Tensor]:
     logits = head(hidden)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        nll = F.cross_entropy(logits.float(), target_ids, reduction="none")
-    return nll, logits.detach().argmax(dim=-1) == target_ids
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logit_softcap is not None:
+            scores = (scores / logit_softcap).tanh() * logit_softcap
+        nll = F.cross_entropy(scores, target_ids, reduction="none")
+    return nll, scores.detach().argmax(dim=-1) == target_ids
 
 
 def _same_on_all_ranks(head: Callable[[Tensor], Tensor], num_chunks: int, device: torch.device) -> int:
-    """Under ZeRO-3 each call of the head is a collective, so all ranks must make the same number of calls."""
+    """Where each call of the head is a collective (ZeRO-3, FSDP2), all ranks must make the same number of calls."""
     parameters = head.parameters() if isinstance(head, nn.Module) else ()
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    is_partitioned = any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in parameters)
     if not (is_partitioned and dist.is_initialized() and dist.get_world_size() > 1):
         return num_chunks
     largest = torch.tensor(num_chunks, device=device)
