@@ -3,11 +3,15 @@
 - `bernoulli`: each target token is masked independently with probability `p = 1 - alpha(t)`; weight
   `-alpha'(t) / (1 - alpha(t))`. LLaDA (arXiv 2502.09992, eq. 3), MDLM (arXiv 2406.07524, eq. 10).
 - `exact_count`: a number of tokens `l` in 1..A is drawn and exactly `l` tokens are masked, chosen uniformly. For
-  the linear schedule `l` is uniform and the weight is `A / l` (LLaDA, eq. 6). For any schedule,
-  `l = floor(p(t) A) + 1` has probability `q(l) = t(l / A) - t((l - 1) / A)` with `t(p)` the inverse of `p(t)`, and
-  the weight is `1 / (l q(l))`. Never an empty mask, no cut-off at small `t`, and a much lighter tail than `1 / p`.
+  the linear schedule `l` is uniform and the weight is `A / l` (LLaDA, eq. 6). For any schedule, with
+  `m(t) = (alpha(0) - alpha(t)) / (alpha(0) - alpha(1))` running from 0 to 1, `l = floor(m(t) A) + 1` has probability
+  `q(l) = t(l / A) - t((l - 1) / A)` where `t` is the inverse of `m`, and the weight is `1 / (l q(l))`. The schedule
+  is only the law of the counts: `q` is positive and sums to 1 for every schedule, so the expectation is exact also
+  where `alpha(0) < 1` or `alpha(1) > 0`. Never an empty mask, no cut-off at small `t`, and a much lighter tail than
+  `1 / p`.
 
-Both have the same expectation, the continuous-time NELBO (`bernoulli` up to a bias of order `noise_epsilon`).
+Both have the same expectation, the continuous-time NELBO; `bernoulli` up to its cut-off. To first order that bias is
+`noise_epsilon * NELBO - p(noise_epsilon) * H`, with `H` the sum over tokens of the cross-entropy given all others.
 """
 
 from dataclasses import dataclass
@@ -65,7 +69,7 @@ def corrupt(
         masking: `exact_count` or `bernoulli`.
         mask_token_id: id of the mask token.
         noise_epsilon: `bernoulli` only: `t` is moved to `[noise_epsilon, 1)` (LLaDA's `eps`); the second moment of
-            the weight diverges as `log(1 / noise_epsilon)` and the bias is of order `noise_epsilon`.
+            the linear schedule's weight diverges as `log(1 / noise_epsilon)`, the bias is of order `noise_epsilon`.
 
     Raises:
         ValueError: unknown `masking`.
@@ -90,10 +94,16 @@ def corrupt(
 def _mask_exact_count(
     target_mask: Tensor, num_targets: Tensor, timesteps: Tensor, uniforms: Tensor, schedule: NoiseSchedule
 ) -> tuple[Tensor, Tensor]:
+    start, end = schedule.alpha(torch.zeros_like(timesteps)), schedule.alpha(torch.ones_like(timesteps))
     total = num_targets.clamp(min=1).to(torch.float64)
-    count = ((1 - schedule.alpha(timesteps)) * total).floor() + 1
-    count = torch.minimum(count, total)
-    probability = schedule.inverse_alpha(1 - count / total) - schedule.inverse_alpha(1 - (count - 1) / total)
+    count = ((start - schedule.alpha(timesteps)) / (start - end) * total).floor() + 1
+    count = count.clamp(min=1).minimum(total)
+
+    def time_at(clean: Tensor) -> Tensor:
+        """The time at which `clean` of the row's `total` tokens are expected to be clean."""
+        return schedule.inverse_alpha(end + (start - end) * (clean / total))
+
+    probability = time_at(total - count) - time_at(total - count + 1)
     # the l targets with the smallest uniforms; a tie has probability 2**-53
     candidates = uniforms.masked_fill(~target_mask, torch.inf)
     threshold = candidates.sort(dim=1).values.gather(1, (count.long() - 1)[:, None])

@@ -116,16 +116,19 @@ def summarise_replicates(samples: Tensor, num_replicates: int) -> tuple[Tensor, 
     return means.mean(dim=1), means.std(dim=1) / math.sqrt(num_replicates)
 
 
-def enumerate_nelbo(
+def enumerate_cross_entropy(
     cross_entropy: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, target_mask: Tensor, mask_token_id: int
-) -> float:
-    """The exact NELBO of one row by its `2**A - 1` masked sets, in nats.
+) -> Tensor:
+    """`CE(S)` of one row summed over all masked sets of each size, in nats: every bound of the row is a sum of these.
 
     Args:
         cross_entropy: `(noisy_input_ids (1, L), masked (1, L)) -> (num_masked,)` cross-entropy of the masked tokens.
         input_ids: (L,) int64.
         target_mask: (L,) bool with `A <= 16` True entries.
         mask_token_id: id of the mask token.
+
+    Returns:
+        (A + 1,) float64 on the CPU; entry `l` is the sum over the sets of `l` masked tokens, entry 0 is 0.
 
     Raises:
         ValueError: more than 16 target tokens.
@@ -134,12 +137,24 @@ def enumerate_nelbo(
     total = len(targets)
     if total > 16:
         raise ValueError(f"enumeration needs 2**A forward passes: A={total} target tokens is more than 16")
-    nelbo = 0.0
+    summed = torch.zeros(total + 1, dtype=torch.float64)
     for size in range(1, total + 1):
-        coefficient = math.factorial(size - 1) * math.factorial(total - size) / math.factorial(total)
         for subset in combinations(targets, size):
             masked = torch.zeros_like(target_mask)
             masked[list(subset)] = True
             noisy_input_ids = input_ids.masked_fill(masked, mask_token_id)
-            nelbo += coefficient * float(cross_entropy(noisy_input_ids[None], masked[None]).sum())
-    return nelbo
+            summed[size] += float(cross_entropy(noisy_input_ids[None], masked[None]).sum())
+    return summed
+
+
+def enumerate_nelbo(
+    cross_entropy: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, target_mask: Tensor, mask_token_id: int
+) -> float:
+    """The exact NELBO of one row by its `2**A - 1` masked sets, in nats.
+
+    Arguments and errors as `enumerate_cross_entropy`.
+    """
+    summed = enumerate_cross_entropy(cross_entropy, input_ids, target_mask, mask_token_id).tolist()
+    total = len(summed) - 1
+    # (l - 1)! (A - l)! / A! = 1 / (l * (A choose l))
+    return sum(summed[size] / (size * math.comb(total, size)) for size in range(1, total + 1))

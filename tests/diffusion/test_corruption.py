@@ -5,9 +5,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NoiseStream, corrupt, counter_uniform
+from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NoiseStream, corrupt, counter_uniform, polynomial
+from tests.diffusion.count_law import count_edges
 
 MASK_ID = 99
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 
 
 def noisy_rows(target_mask, timesteps, masking, seed=0, **kwargs):
@@ -32,12 +34,13 @@ def noisy_rows(target_mask, timesteps, masking, seed=0, **kwargs):
     targets=st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=6),
     t=st.floats(0, 1, exclude_max=True),
     masking=st.sampled_from(MASKINGS),
+    schedule=st.sampled_from(list(NOISE_SCHEDULES)),
     seed=st.integers(0, 1000),
 )
-def test_only_targets_are_masked(targets, t, masking, seed):
+def test_only_targets_are_masked(targets, t, masking, schedule, seed):
     target_mask = torch.tensor(targets)
     timesteps = torch.full((len(targets),), t, dtype=torch.float64)
-    input_ids, noisy = noisy_rows(target_mask, timesteps, masking, seed)
+    input_ids, noisy = noisy_rows(target_mask, timesteps, masking, seed, schedule=schedule)
     assert not (noisy.masked & ~target_mask).any()
     assert torch.equal(noisy.noisy_input_ids == MASK_ID, noisy.masked)
     assert torch.equal(noisy.noisy_input_ids[~noisy.masked], input_ids[~noisy.masked])
@@ -46,6 +49,7 @@ def test_only_targets_are_masked(targets, t, masking, seed):
     assert (noisy.weights[empty] == 0).all()
     if masking == "exact_count":
         assert torch.equal(noisy.masked.any(1), ~empty), "exact_count never draws an empty mask"
+        assert (noisy.weights[~empty] > 0).all()
 
 
 @given(t=st.floats(0, 1, exclude_max=True), total=st.integers(1, 12))
@@ -59,7 +63,7 @@ def test_exact_count_masks_the_drawn_number(t, total):
     assert noisy.weights.item() == pytest.approx(total / count, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@EVERY_SCHEDULE
 @pytest.mark.parametrize("total", [1, 2, 7])
 def test_exact_count_is_unbiased_for_every_schedule(schedule, total):
     """Over a fine grid of t, `weight * f(count)` averages to `sum_l f(l) / l` for any f: here f = l**2."""
@@ -71,26 +75,93 @@ def test_exact_count_is_unbiased_for_every_schedule(schedule, total):
     assert (noisy.weights * counts**2).mean().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_bernoulli_mask_rate_is_binomial():
-    rows, length, t, epsilon = 4000, 50, 0.3, 1e-3
-    _, noisy = noisy_rows(
-        torch.ones(rows, length, dtype=torch.bool), torch.full((rows,), t, dtype=torch.float64), "bernoulli"
+@EVERY_SCHEDULE
+def test_weights_are_those_of_the_counts_that_are_drawn(schedule):
+    """For A in 1..40: `1 / (l weight)` is the length of the interval of t in which `l` tokens are masked.
+
+    The intervals are found by bisection on what `corrupt` does, so nothing here uses the inverse of alpha.
+    """
+    for total in range(1, 41):
+        edges = count_edges(NOISE_SCHEDULES[schedule], total)
+        drawn = edges.diff()
+        assert (drawn > 0).all(), "every count can be drawn"
+        middles = (edges[1:] + edges[:-1]) / 2
+        _, noisy = noisy_rows(torch.ones(total, total, dtype=torch.bool), middles, "exact_count", schedule=schedule)
+        counts = torch.arange(1, total + 1, dtype=torch.float64)
+        assert torch.equal(noisy.masked.sum(1), counts.long())
+        probability = 1 / (counts * noisy.weights)
+        torch.testing.assert_close(probability, drawn, rtol=0, atol=1e-10)
+        assert probability.sum().item() == pytest.approx(1, abs=1e-11)
+
+
+@EVERY_SCHEDULE
+def test_drawn_counts_follow_their_law(schedule):
+    """Chi-square of the counts of 20,000 rows against `1 / (l weight)`; 99.99 % quantile of 11 degrees of freedom."""
+    rows, total = 20_000, 12
+    timesteps = counter_uniform(0, NoiseStream.TIMESTEP, torch.arange(rows))
+    _, noisy = noisy_rows(torch.ones(rows, total, dtype=torch.bool), timesteps, "exact_count", schedule=schedule)
+    counts = noisy.masked.sum(1)
+    observed = torch.bincount(counts, minlength=total + 1)[1:].double()
+    probability = torch.stack([1 / (count * noisy.weights[counts == count][0]) for count in range(1, total + 1)])
+    assert ((observed - rows * probability) ** 2 / (rows * probability)).sum() < 37.4
+
+
+@pytest.mark.parametrize("schedule", [*NOISE_SCHEDULES.values(), polynomial(0.2)])
+def test_exact_count_of_very_long_rows_has_finite_weights(schedule):
+    """Also with more tokens than 1 / sigma_min of the geometric schedule, at both ends of t."""
+    timesteps = torch.tensor([0.0, 1e-9, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    noisy = corrupt(
+        torch.zeros(4, 200_000, dtype=torch.long),
+        torch.ones(4, 200_000, dtype=torch.bool),
+        timesteps,
+        torch.arange(200_000, dtype=torch.float64).expand(4, -1) / 200_000,
+        schedule=schedule,
+        masking="exact_count",
+        mask_token_id=MASK_ID,
     )
-    p = epsilon + (1 - epsilon) * t
-    counts = noisy.masked.sum(1).double()
-    assert abs(counts.mean() - length * p) < 4 * (length * p * (1 - p) / rows) ** 0.5
-    assert counts.var().item() == pytest.approx(length * p * (1 - p), rel=0.1)
-    assert noisy.weights[0].item() == pytest.approx(1 / p, rel=1e-12)
+    counts = noisy.masked.sum(1)
+    assert (counts.diff() >= 0).all()
+    assert counts[0] == 1
+    assert counts[-1] == 200_000
+    assert noisy.weights.isfinite().all()
+    assert (noisy.weights > 0).all()
 
 
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_bernoulli_counts_are_binomial(schedule, t):
+    """Chi-square of the counts of 20,000 rows of 8 tokens; cells of expectation below 5 are joined."""
+    rows, length, epsilon = 20_000, 8, 1e-3
+    _, noisy = noisy_rows(
+        torch.ones(rows, length, dtype=torch.bool),
+        torch.full((rows,), t, dtype=torch.float64),
+        "bernoulli",
+        schedule=schedule,
+    )
+    moved = torch.tensor(epsilon + (1 - epsilon) * t, dtype=torch.float64)
+    p = 1 - NOISE_SCHEDULES[schedule].alpha(moved).item()
+    expected = torch.tensor([rows * math.comb(length, k) * p**k * (1 - p) ** (length - k) for k in range(length + 1)])
+    observed = torch.bincount(noisy.masked.sum(1), minlength=length + 1).double()
+    joined = expected >= 5
+    statistic = ((observed - expected)[joined] ** 2 / expected[joined]).sum()
+    rest = expected[~joined].sum()
+    if rest > 0:
+        statistic += (observed[~joined].sum() - rest) ** 2 / rest.clamp(min=1)
+    assert statistic < 31.8, "99.99 % quantile of chi-square with 8 degrees of freedom"
+    assert noisy.weights[0] == NOISE_SCHEDULES[schedule].weight(moved)
+
+
+@EVERY_SCHEDULE
 @pytest.mark.parametrize("masking", MASKINGS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(low=st.floats(0, 0.99), high=st.floats(0, 0.99))
-def test_masked_sets_are_nested_in_t(masking, low, high):
+def test_masked_sets_are_nested_in_t(masking, schedule, low, high):
     low, high = sorted((low, high))
     target_mask = torch.ones(4, 16, dtype=torch.bool)
-    _, less = noisy_rows(target_mask, torch.full((4,), low, dtype=torch.float64), masking)
-    _, more = noisy_rows(target_mask, torch.full((4,), high, dtype=torch.float64), masking)
+    less, more = (
+        noisy_rows(target_mask, torch.full((4,), t, dtype=torch.float64), masking, schedule=schedule)[1]
+        for t in (low, high)
+    )
     assert not (less.masked & ~more.masked).any()
 
 
