@@ -62,6 +62,11 @@ def run_verb(verb: str, arguments: list[str]) -> None:
 
         print(verb_help(verb, show_all=bool({"--help-all", "--help_all"} & set(arguments))))
         return
+    if verb == "report":
+        from dlm_tune.commands.report import run_report
+
+        run_report(arguments)
+        return
     if verb == "env":
         from dlm_tune.commands.environment import run_environment
 

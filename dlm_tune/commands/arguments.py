@@ -20,6 +20,7 @@ VERBS = {
     "chat": Verb("talk to a model and watch it denoise", "--model_name_or_path GSAI-ML/LLaDA-8B-Instruct"),
     "eval": Verb("held-out likelihood, exact match, benchmark tasks", "--config RECIPE --adapter OUTPUT_DIR"),
     "inspect": Verb("show a batch as the loss sees it", "--config llada-8b/sft/lora"),
+    "report": Verb("curves of a run, or of several, as a page and a picture", "outputs/my-run"),
     "env": Verb("versions, devices, and what is missing", ""),
 }
 
@@ -143,7 +144,7 @@ class InspectArguments:
 
 def verb_classes(verb: str) -> tuple[type, ...]:
     """Dataclasses whose fields are the keys of a verb. Imports trl, and with it torch, for the training verbs."""
-    if verb == "env":
+    if verb in ("report", "env"):
         return ()
     if verb in ("generate", "chat"):
         from dlm_tune.generation import DiffusionGenerationConfig

@@ -118,9 +118,14 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "Diffusion objective": _OBJECTIVE,
         "Batch": ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "use_cpu"),
     },
+    "report": {},
     "env": {},
 }
+# Verbs without keys
+_USAGES = {"report": "OUTPUT_DIR [OUTPUT_DIR ...] [--output FILE.html]", "env": "[--json]"}
 _NOTES = {
+    "report": "Writes report.html and report.png into the run's folder, also while it goes on; for several runs, which\n"
+    "are drawn into the same plots, --output says where. Needs neither network nor GPU, and shows no secrets.",
     "eval": "Takes the recipe of a training run as it is.",
     "inspect": "Takes the recipe of a training run as it is.",
 }
@@ -148,7 +153,7 @@ def verb_help(verb: str, show_all: bool = False) -> str:
     """Text of `dlm-tune VERB --help` or `--help-all`."""
     keys = keys_of(verb_classes(verb))
     lines = [f"dlm-tune {verb}: {VERBS[verb].summary}", ""]
-    lines += [f"usage: dlm-tune {verb} " + ("[--config RECIPE] [--key value ...]" if keys else "[--json]")]
+    lines += [f"usage: dlm-tune {verb} " + _USAGES.get(verb, "[--config RECIPE] [--key value ...]")]
     if VERBS[verb].example:
         lines += [f"example: dlm-tune {verb} {VERBS[verb].example}"]
     if verb in _NOTES:
