@@ -6,19 +6,18 @@ from typing import Any
 from trl import SFTConfig
 
 from dlm_tune.data.arguments import EOS_POLICIES, INVALID_ROWS, OVERLONG_ROWS
-from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NORMALIZATIONS, TIMESTEP_SAMPLERS
+from dlm_tune.diffusion import LOSS_WEIGHTINGS, MASKINGS, NOISE_SCHEDULES, NORMALIZATIONS, TIMESTEP_SAMPLERS
 
 DEFAULT_NOISE_EPSILON = 1e-3
+DEFAULT_CART_P = 0.3
 
 # Arguments of SFTConfig and TrainingArguments that cannot be honoured here, each with the reason and the way out.
 # They are errors as soon as they differ from their default.
 _REFUSED = {
     "label_smoothing_factor": "the loss is a likelihood bound; smoothed labels would no longer bound anything",
-    "loss_type": "the loss is the masked-diffusion NELBO; choose it with `noise_schedule` and `loss_normalization`",
-    "packing": "packed rows are not supported yet; use `group_by_length`-style sampling "
-    "(`train_sampling_strategy: group_by_length`) to reduce padding",
-    "eval_packing": "packed rows are not supported yet",
-    "padding_free": "a bidirectional model needs an explicit mask between rows; leave it false",
+    "loss_type": "the loss is that of masked diffusion; choose it with `loss_weighting` and `loss_normalization`",
+    "packing_strategy": "rows are packed whole, best-fit decreasing; use `overlong_rows` for rows that are too long",
+    "padding_free": "a bidirectional model needs an explicit mask between rows; set `packing: true` instead",
     "truncation_mode": "rows are never cut silently; choose with `overlong_rows`",
     "average_tokens_across_devices": "the denominator is always counted over all processes; leave it true",
     "router_aux_loss_coef": "only the diffusion loss is computed; no model family here has a router loss",
@@ -38,14 +37,23 @@ class DiffusionConfig(SFTConfig):
     """Arguments of `DiffusionTrainer`: those of `trl.SFTConfig`, and the fields below.
 
     Attributes:
-        noise_schedule: `alpha(t)`, a name in `NOISE_SCHEDULES`.
+        noise_schedule: `alpha(t)`, a name in `NOISE_SCHEDULES`. The bound does not depend on it, its variance does.
+        noise_schedule_power: `k` of `noise_schedule: polynomial`, `alpha = 1 - t**k` (default 2).
         noise_epsilon: smallest `t` with `masking: bernoulli` (LLaDA's `eps`, default 1e-3).
-        timestep_sampling: `stratified` over the global batch (lower variance, unbiased) or `uniform`.
+        timestep_sampling: how the timesteps of a global batch depend on each other, a name in `TIMESTEP_SAMPLERS`; all
+            are unbiased.
         masking: `exact_count` (LLaDA eq. 6: lowest variance) or `bernoulli` (LLaDA's training recipe).
+        loss_weighting: `nelbo` (a likelihood bound), `uniform` (every masked token counts 1, as in BERT) or `cart`
+            (Dream: the closer the visible tokens, the more a masked one counts). `nelbo` is logged whatever it is.
+        cart_geometric_p: parameter of `loss_weighting: cart` (default 0.3).
         loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
             nats per target token, LLaDA SFT). Exact under accumulation and over processes.
         eos_policy: `one` EOS after an answer, `pad_to_block` or `pad_to_max` with learned EOS, or `none`.
         block_length: with `eos_policy: pad_to_block`, answers are filled with EOS to a multiple of it.
+        packing: several rows in a sequence of `max_length`, best-fit decreasing; they do not see each other, and loss
+            and gradient of a global batch do not change. `eval_packing` follows it unless set.
+        random_length_probability: share of the rows of plain text that are cut to a random length (LLaDA pretraining:
+            0.01), so that other lengths than the usual one are seen.
         eval_noise_samples: corruptions per evaluation row, the same ones at every evaluation.
         noise_seed: key of all training and evaluation noise.
         invalid_rows: `error`, or `drop` rows without targets, with mask tokens, or with a prompt that fills
@@ -64,6 +72,9 @@ class DiffusionConfig(SFTConfig):
     noise_schedule: str = field(
         default="linear", metadata={"help": "Noise schedule alpha(t).", "choices": list(NOISE_SCHEDULES)}
     )
+    noise_schedule_power: float | None = field(
+        default=None, metadata={"help": "Power k of `noise_schedule: polynomial` only, alpha = 1 - t**k (default 2)."}
+    )
     noise_epsilon: float | None = field(
         default=None, metadata={"help": "Smallest timestep, with `masking: bernoulli` only (default 1e-3)."}
     )
@@ -74,6 +85,16 @@ class DiffusionConfig(SFTConfig):
     masking: str = field(
         default="exact_count",
         metadata={"help": "Mask a drawn number of targets, or each independently.", "choices": list(MASKINGS)},
+    )
+    loss_weighting: str = field(
+        default="nelbo",
+        metadata={"help": "Weight of each masked token in the loss.", "choices": list(LOSS_WEIGHTINGS)},
+    )
+    cart_geometric_p: float | None = field(
+        default=None, metadata={"help": "Geometric parameter of `loss_weighting: cart` only (default 0.3)."}
+    )
+    random_length_probability: float = field(
+        default=0.0, metadata={"help": "Share of plain-text rows cut to a random length (LLaDA pretraining: 0.01)."}
     )
     loss_normalization: str = field(
         default="tokens",
@@ -152,6 +173,16 @@ class DiffusionConfig(SFTConfig):
             faults.append(f"noise_epsilon={self.noise_epsilon} must lie between 0 and 1; LLaDA uses 1e-3.")
         if self.block_length is not None and self.block_length < 1:
             faults.append(f"block_length={self.block_length} must be at least 1; LLaDA and dLLM use 32.")
+        if self.noise_schedule_power is not None and self.noise_schedule_power <= 0:
+            faults.append(
+                f"noise_schedule_power={self.noise_schedule_power} must be above 0; 1 is the linear schedule."
+            )
+        if self.cart_geometric_p is not None and not 0 < self.cart_geometric_p < 1:
+            faults.append(f"cart_geometric_p={self.cart_geometric_p} must lie between 0 and 1; the default is 0.3.")
+        if not 0 <= self.random_length_probability <= 1:
+            faults.append(
+                f"random_length_probability={self.random_length_probability} must lie between 0 and 1; LLaDA: 0.01."
+            )
         if self.eval_noise_samples < 1:
             faults.append(f"eval_noise_samples={self.eval_noise_samples} must be at least 1; the default is 8.")
         return faults
@@ -170,6 +201,33 @@ class DiffusionConfig(SFTConfig):
             )
         if self.eos_policy == "pad_to_block" and self.block_length is None:
             faults.append("eos_policy='pad_to_block' needs block_length, for example block_length=32.")
+        if self.noise_schedule_power is not None and self.noise_schedule != "polynomial":
+            faults.append(
+                f"noise_schedule_power={self.noise_schedule_power} has no effect with "
+                f"noise_schedule='{self.noise_schedule}'. Remove it or set noise_schedule='polynomial'."
+            )
+        if self.cart_geometric_p is not None and self.loss_weighting != "cart":
+            faults.append(
+                f"cart_geometric_p={self.cart_geometric_p} has no effect with loss_weighting='{self.loss_weighting}'. "
+                "Remove it or set loss_weighting='cart'."
+            )
+        return faults + self._packing_faults()
+
+    def _packing_faults(self) -> list[str]:
+        faults = []
+        is_packed = self.packing or self.eval_packing
+        if is_packed and self.max_length is None:
+            faults.append("packing needs max_length, the length of the packed sequences, for example max_length=2048.")
+        if is_packed and self.eos_policy == "pad_to_max":
+            faults.append(
+                "eos_policy='pad_to_max' fills rows to the longest of their batch, which packing does not have. Set "
+                "eos_policy='pad_to_block' or 'one', or packing=False."
+            )
+        if self.packing and self.train_sampling_strategy == "group_by_length":
+            faults.append(
+                "train_sampling_strategy='group_by_length' has no effect with packing=True: packed sequences are all "
+                "of like length. Remove one of them."
+            )
         if self.overlong_rows != "error" and self.max_length is None:
             faults.append(f"overlong_rows='{self.overlong_rows}' has no effect with max_length=None. Set max_length.")
         return faults

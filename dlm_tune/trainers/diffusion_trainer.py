@@ -17,26 +17,17 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
-from dlm_tune.data import DiffusionCollator, check_raw_rows, check_rows
-from dlm_tune.diffusion import (
-    NOISE_SCHEDULES,
-    TIMESTEP_SAMPLERS,
-    NoiseStream,
-    NoisyBatch,
-    corrupt,
-    count_items,
-    counter_uniform,
-    loss_weights,
-    noise_bank,
-)
+from dlm_tune.data import DiffusionCollator, PackedRows, check_raw_rows, check_rows, document_ids, to_sequences
+from dlm_tune.diffusion import NoisyBatch, noise_bank
 from dlm_tune.models import DiffusionMixin, embedding_rows, end_of_turn_ids, load_model, load_tokenizer
-from dlm_tune.trainers.diffusion_config import DEFAULT_NOISE_EPSILON, DiffusionConfig
-from dlm_tune.trainers.progress import DiffusionProgressCallback
-from dlm_tune.trainers.statistics import NUM_COLUMNS, nelbo_standard_error, row_statistics, summarise
+from dlm_tune.trainers.diffusion_config import DiffusionConfig
+from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
+from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
+from dlm_tune.trainers.step_noise import corrupt_step
 
 
-def _is_prepared(dataset: Dataset) -> bool:
-    return {"input_ids", "labels", "row_index"} <= set(dataset.column_names)
+def _is_prepared(dataset: Any) -> bool:
+    return isinstance(dataset, PackedRows) or {"input_ids", "labels", "row_index"} <= set(dataset.column_names)
 
 
 class DiffusionTrainer(SFTTrainer):
@@ -115,6 +106,8 @@ class DiffusionTrainer(SFTTrainer):
             self.add_callback(DiffusionProgressCallback)
         self._training_sums = torch.zeros(NUM_COLUMNS, dtype=torch.float64, device=args.device)
         self._num_tokens: Tensor | None = None
+        self._timer = StepTimer()
+        self.add_callback(self._timer)
 
     @staticmethod
     def _check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
@@ -132,6 +125,8 @@ class DiffusionTrainer(SFTTrainer):
                 "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
                 "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
             )
+        if kwargs.get("data_collator") and (args.packing or args.eval_packing):
+            raise ValueError("data_collator cannot be given with packing: its layout is made by DiffusionCollator.")
         if kwargs.get("formatting_func"):
             raise ValueError(
                 "formatting_func would be ignored on some data sets (TRL keeps `messages`). Map the rows before: "
@@ -160,6 +155,11 @@ class DiffusionTrainer(SFTTrainer):
                 "the rows are conversations, but the tokenizer has no chat template. Load it with "
                 "dlm_tune.load_tokenizer, or set chat_template_path (a .jinja file)."
             )
+        if args.random_length_probability and ("prompt" in row or is_conversational(row)):
+            raise ValueError(
+                f"random_length_probability={args.random_length_probability} has no effect on prompts with answers: "
+                "it shortens rows of plain text only. Remove it."
+            )
         if args.assistant_only_loss is None:
             args.assistant_only_loss = is_conversational(row) and "prompt" not in row
 
@@ -181,15 +181,15 @@ class DiffusionTrainer(SFTTrainer):
         packing: bool,
         formatting_func: Any,
         dataset_name: str,
-    ) -> Dataset:
-        """TRL's tokenisation without its silent truncation, then the checks of `dlm_tune.data.check_rows`."""
+    ) -> Dataset | PackedRows:
+        """TRL's tokenisation without its silent truncation, the checks of `check_rows`, and packing."""
         if _is_prepared(dataset):
             return dataset
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
         with args.main_process_first(desc=f"checking the tokenised {dataset_name} rows"):
-            return check_rows(
+            dataset = check_rows(
                 dataset,
                 mask_token_id=self.mask_token_id,
                 max_length=args.max_length,
@@ -199,9 +199,13 @@ class DiffusionTrainer(SFTTrainer):
                 name=dataset_name,
                 vocab_size=self.vocab_size,
             )
+        if not packing:
+            return dataset
+        lengths = self._make_collator(processing_class, args).row_lengths(dataset)
+        return PackedRows(dataset, lengths, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row_index"]
+        self._signature_columns = ["input_ids", "labels", "row_index", "rows"]
 
     # Training
 
@@ -209,53 +213,36 @@ class DiffusionTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
         """Collects the microbatches of one optimiser step and corrupts them."""
+        self._timer.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.corrupt_batches(batches, step=self.state.global_step, epoch=int(self.state.epoch or 0))
         return batches, None
 
     def corrupt_batches(self, batches: list[dict[str, Any]], step: int, epoch: int) -> None:
-        """Adds `noisy` (a `NoisyBatch`) and `loss_weights` (B,) to the microbatches of an optimiser step.
+        """Adds `noisy` (a `NoisyBatch`) and `loss_weights` (R, L) to the microbatches of an optimiser step.
 
-        Timesteps depend on (noise_seed, step, slot of the row in the global batch), mask bits on (noise_seed, epoch,
-        row index, position): the noise of a row is the same for any number of processes and any microbatch size that
-        make up the same global batch. The denominator is summed over the processes (one collective).
+        See `step_noise.corrupt_step`; counting over the processes takes one collective.
 
         Args:
             batches: this process's microbatches as collated, on the device.
             step: optimiser step.
             epoch: number of the pass over the data; gives fresh masks in every epoch.
         """
-        args = self.args
-        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batch_size = args.train_batch_size  # of this process: all its devices under nn.DataParallel
-        num_slots = args.gradient_accumulation_steps * world_size * batch_size
-        counts = torch.zeros(2, dtype=torch.float64, device=batches[0]["input_ids"].device)
-        for microstep, batch in enumerate(batches):
-            input_ids, row_index = batch["input_ids"], batch["row_index"]
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            positions = batch["attention_mask"].cumsum(dim=1) - 1  # within the row, whatever the padding
-            slots = (microstep * world_size + rank) * batch_size + rows
-            batch["noisy"] = corrupt(
-                input_ids,
-                batch["target_mask"],
-                TIMESTEP_SAMPLERS[args.timestep_sampling](args.noise_seed, step, slots, num_slots),
-                counter_uniform(args.noise_seed, NoiseStream.MASK, epoch, row_index[:, None], positions),
-                schedule=NOISE_SCHEDULES[args.noise_schedule],
-                masking=args.masking,
-                mask_token_id=self.mask_token_id,
-                noise_epsilon=args.noise_epsilon or DEFAULT_NOISE_EPSILON,
-            )
-            counts[0] += count_items(batch["target_mask"], args.loss_normalization)
-            counts[1] += batch["attention_mask"].sum()
-        counts = self.accelerator.reduce(counts, reduction="sum")
+        accelerator = self.accelerator
+        num_tokens = corrupt_step(
+            batches,
+            self.args,
+            step=step,
+            epoch=epoch,
+            mask_token_id=self.mask_token_id,
+            rank=accelerator.process_index,
+            gather=accelerator.gather if accelerator.num_processes > 1 else None,
+        )
         if self._num_tokens is None:
-            self._num_tokens = counts.new_tensor(float(self.state.num_input_tokens_seen))
-        self._num_tokens = self._num_tokens + counts[1]
-        for batch in batches:
-            batch["loss_weights"] = loss_weights(
-                batch["noisy"].weights, batch["target_mask"], args.loss_normalization, counts[0]
-            )
+            self._num_tokens = num_tokens.new_tensor(float(self.state.num_input_tokens_seen))
+            self._timer.rate(self._num_tokens.item())
+        self._num_tokens = self._num_tokens + num_tokens
 
     def compute_loss(
         self,
@@ -269,20 +256,24 @@ class DiffusionTrainer(SFTTrainer):
         The factor undoes the average that data parallelism takes over the gradients of the processes.
         """
         noisy = inputs["noisy"]
-        outputs = self._score(model, inputs, noisy)
-        token_weights = inputs["loss_weights"][noisy.masked_rows].to(outputs.token_nll.dtype)
-        loss = (outputs.token_nll * token_weights).sum()
+        outputs = self._score(model, inputs, noisy, inputs["loss_weights"])
         self._training_sums += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"]).sum(0)
-        return loss * self.accelerator.num_processes
+        return outputs.loss * self.accelerator.num_processes
 
-    @staticmethod
-    def _score(model: nn.Module, inputs: dict[str, Any], noisy: NoisyBatch) -> Any:
-        return model(
-            input_ids=noisy.noisy_input_ids,
-            attention_mask=inputs["attention_mask"],
-            target_ids=inputs["input_ids"],
-            target_mask=noisy.masked,
-        )
+    def _score(
+        self, model: nn.Module, inputs: dict[str, Any], noisy: NoisyBatch, token_weights: Tensor | None = None
+    ) -> Any:
+        """Scores of the masked tokens, of packed rows too; they come in the order of `noisy.masked_rows`."""
+        scores = {
+            "input_ids": to_sequences(noisy.noisy_input_ids, inputs, self.processing_class.pad_token_id),
+            "target_ids": to_sequences(inputs["input_ids"], inputs, self.processing_class.pad_token_id),
+            "target_mask": to_sequences(noisy.masked, inputs, False),
+        }
+        if token_weights is not None:
+            scores["target_weights"] = to_sequences(token_weights, inputs, 0.0)
+        if "packed_position" in inputs:
+            return model(document_ids=document_ids(inputs), **scores)
+        return model(attention_mask=inputs["attention_mask"], **scores)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one microbatch; a loss that is not finite stops the run before the optimiser."""
@@ -316,6 +307,7 @@ class DiffusionTrainer(SFTTrainer):
             logs.update(summarise(sums))
             if self._num_tokens is not None:
                 logs["num_tokens"] = self._num_tokens.item()
+                logs["tokens_per_second"] = self._timer.rate(logs["num_tokens"])
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -354,7 +346,7 @@ class DiffusionTrainer(SFTTrainer):
             for noisy in bank:
                 outputs = self._score(model, inputs, noisy)
                 statistics += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
-        return None, statistics, inputs["row_index"]
+        return None, *by_sequence(statistics, inputs)
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of an evaluation; rows that sampling over processes repeated count once.
@@ -362,8 +354,9 @@ class DiffusionTrainer(SFTTrainer):
         `nelbo` (also as `loss`, for `metric_for_best_model`) is in nats per target token and bounds the negative
         log-likelihood from above; `nelbo_standard_error` is over rows; `perplexity_bound` is `exp(nelbo)`.
         """
-        statistics = torch.as_tensor(prediction.predictions)
-        row_index = torch.as_tensor(prediction.label_ids)
+        statistics = torch.as_tensor(prediction.predictions).flatten(0, -2)
+        row_index = torch.as_tensor(prediction.label_ids).flatten()
+        statistics, row_index = statistics[row_index >= 0], row_index[row_index >= 0]
         order = row_index.argsort(stable=True)
         is_first = torch.ones_like(row_index, dtype=torch.bool)
         is_first[1:] = row_index[order][1:] != row_index[order][:-1]

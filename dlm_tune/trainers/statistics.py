@@ -4,6 +4,8 @@ One row of statistics belongs to one row of the batch; all entries are sums, so 
 and processes add up. Noise levels are fractions of target tokens that are masked, in four equal buckets.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,3 +83,24 @@ def nelbo_standard_error(statistics: Tensor) -> float:
         return float("nan")
     residuals = nats - targets * (nats.sum() / targets.sum())
     return float((residuals.square().sum() * rows / (rows - 1)).sqrt() / targets.sum())
+
+
+def by_sequence(statistics: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Statistics and row indices as the Trainer gathers them: one entry a sequence of the data set.
+
+    Returns:
+        (R, C) and (R,) as they are; of packed rows (B, K, C) and (B, K), with K the largest number of rows in a
+        sequence and index -1 where a sequence has fewer.
+    """
+    row_index = inputs["row_index"]
+    if "packed_position" not in inputs:
+        return statistics, row_index
+    num_sequences, length = inputs["packed_shape"]
+    sequence = inputs["packed_position"][:, 0] // length
+    sizes = torch.bincount(sequence, minlength=num_sequences)
+    place = torch.arange(len(sequence), device=sequence.device) - (sizes.cumsum(0) - sizes)[sequence]
+    gathered = statistics.new_zeros(num_sequences, int(sizes.max()), statistics.shape[1])
+    indices = row_index.new_full(gathered.shape[:2], -1)
+    gathered[sequence, place] = statistics
+    indices[sequence, place] = row_index
+    return gathered, indices

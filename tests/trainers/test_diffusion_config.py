@@ -12,7 +12,16 @@ def config(**arguments):
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be honoured"),
         ({"loss_type": "dft"}, "loss_type='dft' cannot be honoured"),
-        ({"packing": True}, "packing=True cannot be honoured"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' cannot be honoured"),
+        ({"packing": True, "max_length": None}, "packing needs max_length"),
+        ({"eval_packing": True, "eos_policy": "pad_to_max"}, "eos_policy='pad_to_max' fills rows to the longest"),
+        ({"packing": True, "train_sampling_strategy": "group_by_length"}, "has no effect with packing=True"),
+        ({"loss_weighting": "snr"}, "loss_weighting='snr' is unknown: choose one of nelbo, uniform, cart"),
+        ({"cart_geometric_p": 0.3}, "cart_geometric_p=0.3 has no effect with loss_weighting='nelbo'"),
+        ({"cart_geometric_p": 1.0, "loss_weighting": "cart"}, "cart_geometric_p=1.0 must lie between 0 and 1"),
+        ({"noise_schedule_power": 2.0}, "noise_schedule_power=2.0 has no effect with noise_schedule='linear'"),
+        ({"noise_schedule_power": 0.0, "noise_schedule": "polynomial"}, "noise_schedule_power=0.0 must be above 0"),
+        ({"random_length_probability": 1.5}, "random_length_probability=1.5 must lie between 0 and 1"),
         ({"padding_free": True}, "padding_free=True cannot be honoured"),
         ({"truncation_mode": "keep_end"}, "rows are never cut silently; choose with `overlong_rows`"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False cannot be honoured"),
@@ -44,7 +53,7 @@ def test_what_cannot_be_honoured_is_refused(arguments, words):
 
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ValueError, match="3 problems in DiffusionConfig"):
-        config(packing=True, masking="half", block_length=8)
+        config(padding_free=True, masking="half", block_length=8)
 
 
 def test_defaults():
