@@ -45,9 +45,10 @@ LINEAR = NoiseSchedule(
     inverse_alpha=lambda alpha_t: 1 - alpha_t,
 )
 
-# MaskGIT (arXiv 2202.04200) and MD4 (arXiv 2406.04329): alpha = 1 - cos(pi/2 (1 - t)), w = pi/2 tan(pi/2 (1 - t)).
+# MaskGIT (arXiv 2202.04200) and MD4 (arXiv 2406.04329): alpha = 1 - cos(pi/2 (1 - t)) = 1 - sin(pi t / 2), here
+# cos(pi t / 2)**2 / (1 + sin(pi t / 2)); w = pi/2 tan(pi/2 (1 - t)).
 COSINE = NoiseSchedule(
-    alpha=lambda t: 2 * torch.sin(math.pi / 4 * (1 - t)).square(),
+    alpha=lambda t: torch.sin(math.pi / 2 * (1 - t)).square() / (1 + torch.sin(math.pi / 2 * t)),
     weight=lambda t: math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)) / torch.sin(math.pi / 2 * t),
     inverse_alpha=lambda alpha_t: (
         2 / math.pi * torch.atan2(1 - alpha_t, (alpha_t * (2 - alpha_t)).clamp(min=0).sqrt())

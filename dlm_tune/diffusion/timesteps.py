@@ -49,7 +49,7 @@ def systematic(seed: int, step: int, slots: Tensor, num_slots: int) -> Tensor:
     Arguments and result as `uniform`. VDM (arXiv 2107.00630, appendix I.1).
     """
     offset = counter_uniform(seed, NoiseStream.TIMESTEP, step, device=slots.device)
-    return (offset + _places(seed, step, slots, num_slots) / num_slots) % 1.0
+    return (offset + _places(seed, step, slots, num_slots).to(torch.float64) / num_slots) % 1.0
 
 
 def antithetic(seed: int, step: int, slots: Tensor, num_slots: int) -> Tensor:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,8 +6,22 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, NoiseStream, corrupt, counter_uniform, polynomial
-from tests.diffusion.count_law import count_edges
+from dlm_tune.diffusion import (
+    LOSS_WEIGHTINGS,
+    MASKINGS,
+    NOISE_SCHEDULES,
+    NORMALIZATIONS,
+    TIMESTEP_SAMPLERS,
+    NoiseStream,
+    corrupt,
+    count_items,
+    counter_uniform,
+    loss_weights,
+    polynomial,
+    random_lengths,
+    token_weights,
+)
+from tests.diffusion.exact import count_edges
 
 MASK_ID = 99
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
@@ -191,3 +206,27 @@ def test_mask_token_in_the_data_is_not_taken_for_a_masked_position():
 def test_unknown_masking_is_refused():
     with pytest.raises(ValueError, match="masking='half' is unknown: choose 'exact_count' or 'bernoulli'"):
         noisy_rows(torch.ones(1, 2, dtype=torch.bool), torch.tensor([0.5], dtype=torch.float64), "half")
+
+
+def test_no_value_is_read_back_from_the_device():
+    """On the meta device there are shapes and no values: `.item()`, `nonzero` and the like would raise."""
+    with torch.device("meta"):
+        input_ids, row_index = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+        target_mask = torch.ones(3, 8, dtype=torch.bool)
+    positions = target_mask.cumsum(dim=1) - 1
+    lengths = random_lengths(0, 1, row_index, target_mask.sum(dim=1), 0.5)
+    timesteps = [sampler(0, 5, row_index, 3) for sampler in TIMESTEP_SAMPLERS.values()]
+    for schedule, masking in itertools.product(NOISE_SCHEDULES.values(), MASKINGS):
+        noisy = corrupt(
+            input_ids,
+            target_mask & (positions < lengths[:, None]),
+            timesteps[0],
+            counter_uniform(0, NoiseStream.MASK, 1, row_index[:, None], positions),
+            schedule=schedule,
+            masking=masking,
+            mask_token_id=MASK_ID,
+        )
+    for weighting, normalization in itertools.product(LOSS_WEIGHTINGS, NORMALIZATIONS):
+        weights = token_weights(noisy, target_mask, target_mask, weighting)
+        num_items = count_items(target_mask, normalization)
+        assert loss_weights(weights, target_mask, normalization, num_items).shape == (3, 8)

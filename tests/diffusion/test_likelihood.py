@@ -17,7 +17,7 @@ from dlm_tune.diffusion import (
     noise_bank,
     summarise_replicates,
 )
-from tests.diffusion.count_law import count_edges
+from tests.diffusion.exact import count_edges, integral_of_bernoulli
 from tests.oracles import MASK, TableModel, any_order_nelbo, order_mixture_log_likelihood
 
 LENGTH = 4
@@ -49,17 +49,6 @@ def test_nelbo_bounds_the_order_mixture_which_is_normalised(table):
 
 def by_size(table: TableModel, row: torch.Tensor = ROW) -> torch.Tensor:
     return enumerate_cross_entropy(lambda noisy, masked: table.cross_entropy(row, noisy, masked), row, EVERY, MASK)
-
-
-def integral_of_bernoulli(by_size: torch.Tensor, low: float, high: float) -> float:
-    """The integral over p from `low` to `high` of `F(p) / p`, a polynomial in p, by its antiderivative."""
-    integral = 0.0
-    for size in range(1, LENGTH + 1):
-        one_size = numpy.polynomial.Polynomial([0.0] * (size - 1) + [1.0])
-        one_size *= numpy.polynomial.Polynomial([1.0, -1.0]) ** (LENGTH - size)
-        antiderivative = one_size.integ()
-        integral += float(by_size[size]) * (antiderivative(high) - antiderivative(low))
-    return integral
 
 
 def integral_over_t(schedule: str, by_size: torch.Tensor, epsilon: float = 0.0) -> float:

@@ -31,6 +31,20 @@ def test_sum_over_microbatches_is_the_loss_of_the_whole_batch(lengths, cut, norm
     assert float(loss) == pytest.approx(float(expected), rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_token_weights_and_row_weights_are_normalised_alike(normalization):
+    """(R, L) weights that are constant in a row give what (R,) weights give, also where R = L."""
+    target_mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    row_weights = torch.tensor([2.0, 3.0, 0.0], dtype=torch.float64)
+    num_items = count_items(target_mask, normalization)
+    by_row = loss_weights(row_weights, target_mask, normalization, num_items)
+    by_token = loss_weights(row_weights[:, None].expand(3, 3), target_mask, normalization, num_items)
+    assert by_row.shape == (3,)
+    assert torch.equal(by_token, by_row[:, None].expand(3, 3))
+    expected = {"tokens": [2 / 4, 3 / 4, 0], "sequences": [2 / 3 / 2, 3 / 2, 0]}[normalization]
+    assert by_row.tolist() == pytest.approx(expected)
+
+
 def test_tokens_counts_targets_and_not_masked_positions():
     target_mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     assert count_items(target_mask, "tokens") == 4

@@ -1,5 +1,6 @@
-"""The law of the mask counts of `exact_count`, measured on what `corrupt` does."""
+"""What the estimators must agree with: the law of the mask counts, and the integral over mask probabilities."""
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -18,3 +19,17 @@ def count_edges(schedule: NoiseSchedule, total: int) -> Tensor:
         above = noisy.masked.sum(dim=1) > limits
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return torch.cat([torch.zeros(1, dtype=torch.float64), high, torch.ones(1, dtype=torch.float64)])
+
+
+def integral_of_bernoulli(by_size: Tensor, low: float, high: float) -> float:
+    """The integral over p from `low` to `high` of `F(p) / p`, a polynomial in p, by its antiderivative.
+
+    `F(p)` is the summed cross-entropy with masks of probability p, `by_size` that of `enumerate_cross_entropy`.
+    """
+    integral = 0.0
+    for size in range(1, len(by_size)):
+        one_size = numpy.polynomial.Polynomial([0.0] * (size - 1) + [1.0])
+        one_size *= numpy.polynomial.Polynomial([1.0, -1.0]) ** (len(by_size) - 1 - size)
+        antiderivative = one_size.integ()
+        integral += float(by_size[size]) * (antiderivative(high) - antiderivative(low))
+    return float(integral)
