@@ -12,7 +12,7 @@ import pytest
 
 from dlm_tune.cli import main
 from dlm_tune.commands.arguments import VERBS
-from dlm_tune.commands.effects import _BATCH_KEYS, _EVAL_KEYS, CONDITIONS, DECIDED
+from dlm_tune.commands.effects import _READ_BY, CONDITIONS, DECIDED
 from dlm_tune.commands.environment import collect
 from dlm_tune.commands.help import missing_help_keys, verb_help
 from dlm_tune.recipe import keys_of
@@ -114,7 +114,7 @@ def test_tables_name_only_keys_that_exist():
 
     keys = set(keys_of(verb_classes("eval"))) | set(keys_of(verb_classes("generate")))
     named = {name for condition in CONDITIONS for name in (*condition.keys, condition.controller)}
-    assert (named | set(DECIDED) | _BATCH_KEYS | _EVAL_KEYS) - keys == set()
+    assert named | set(DECIDED) | set().union(*_READ_BY.values()) <= set(keys)
 
 
 # The main path
@@ -334,7 +334,7 @@ def test_unknown_verb(capsys):
         (["pretrain", "--config", "{recipe}"], ["columns prompt, completion", "completion_only_loss: false"]),
         (["sft", "--config", "{recipe}", "--dataset_name", "{folder}/none.jsonl"], ["dataset_name", "none.jsonl"]),
         (["sft", "--config", "{recipe}", "--max_length", "4"], ["max_length"]),
-        (["sft", "--config", "{recipe}", "--packing"], ["packing=True cannot be honoured"]),
+        (["sft", "--config", "{recipe}", "--padding_free"], ["padding_free=True cannot be honoured"]),
         (["sft", "--config", "{recipe}", "--dataset_name", "{folder}/pairs/train.jsonl", "--eval_strategy", "epoch"],
          ["eval_strategy = ", "needs evaluation data"]),
         (["sft", "--config", "{recipe}", "--accelerate_config", "zero4"], ["zero3"]),

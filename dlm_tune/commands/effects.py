@@ -80,10 +80,10 @@ DECIDED = {
 }
 
 # What `eval` and `inspect` read of a training recipe. They take the file whole, but not flags without effect.
-_BATCH_KEYS = {
+_DATA_KEYS = {
     "assistant_only_loss",
-    "block_length",
     "bf16",
+    "block_length",
     "chat_template_path",
     "completion_only_loss",
     "data_seed",
@@ -94,26 +94,33 @@ _BATCH_KEYS = {
     "eos_policy",
     "eos_token",
     "fp16",
-    "gradient_accumulation_steps",
     "invalid_rows",
-    "loss_normalization",
-    "masking",
     "max_length",
-    "noise_epsilon",
-    "noise_schedule",
     "noise_seed",
     "output_dir",
     "overlong_rows",
+    "packing",
     "pad_to_multiple_of",
-    "per_device_train_batch_size",
     "seed",
+    "use_cpu",
+}
+_STEP_KEYS = {
+    "cart_geometric_p",
+    "gradient_accumulation_steps",
+    "loss_normalization",
+    "loss_weighting",
+    "masking",
+    "noise_epsilon",
+    "noise_schedule",
+    "noise_schedule_power",
+    "per_device_train_batch_size",
+    "random_length_probability",
     "shuffle_dataset",
     "timestep_sampling",
     "train_sampling_strategy",
-    "use_cpu",
 }
-_EVAL_KEYS = _BATCH_KEYS | {"bf16_full_eval", "fp16_full_eval", "eval_noise_samples", "per_device_eval_batch_size"}
-_READ_BY = {"eval": _EVAL_KEYS, "inspect": _BATCH_KEYS}
+_EVAL_KEYS = {"bf16_full_eval", "eval_noise_samples", "eval_packing", "fp16_full_eval", "per_device_eval_batch_size"}
+_READ_BY = {"eval": _DATA_KEYS | _EVAL_KEYS, "inspect": _DATA_KEYS | _STEP_KEYS}
 
 
 def ineffective_keys(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list[str]:
