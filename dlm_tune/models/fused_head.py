@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # float16 loses precision below 6e-5, where most probabilities of a large vocabulary are: they are scaled by this.
 _FLOAT16_SCALE = 1024.0
-# Elements of temporaries beside the logits (float32 copies of bfloat16 ones), small enough for the cache of a CPU.
+# Logits that a CPU works on at a time, few enough for its cache.
 _CACHED_ELEMENTS = 2**20
 
 
@@ -232,8 +232,7 @@ def _score_logits(
 
     float16 gradients are `_FLOAT16_SCALE` times the true ones. Without `wants_gradient` the content is undefined.
     """
-    in_place = logits.dtype in (torch.float32, torch.float64) and logit_softcap is None
-    rows = len(logits) if in_place or logits.device.type != "cpu" else max(1, _CACHED_ELEMENTS // logits.shape[1])
+    rows = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     parts = [
         _score_block(
             logits[start : start + rows], target_ids[start : start + rows, None], logit_softcap, wants_gradient
@@ -254,11 +253,11 @@ def _score_block(
         scores = tanh * logit_softcap
     largest, argmax = scores.max(dim=1, keepdim=True)
     target = scores.gather(1, target_ids)
-    _softmax_(scores, largest)
-    # the largest probability is at least 1 / V, so its logarithm is safe where that of the target's may not be
-    nll = largest - target - scores.gather(1, argmax).log()
+    # in passes: torch's softmax on CPU is faster, but off by 1e-5
+    total = scores.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    nll = largest - target + total.log()
     if wants_gradient:
-        scores.scatter_add_(1, target_ids, torch.full_like(target, -1))
+        scores.div_(total).scatter_add_(1, target_ids, torch.full_like(target, -1))
         if tanh is not None:
             scores.mul_(tanh.square_().neg_().add_(1))
         if logits.dtype == torch.float16:
@@ -266,12 +265,3 @@ def _score_block(
         if scores.data_ptr() != logits.data_ptr():
             logits.copy_(scores)
     return nll[:, 0], (argmax == target_ids)[:, 0]
-
-
-def _softmax_(scores: Tensor, largest: Tensor) -> None:
-    """Overwrite the rows with their softmax; `largest` (n, 1) are their maxima."""
-    if scores.device.type == "cpu":
-        torch.softmax(scores, dim=1, out=scores)  # reads and writes a row while it is in the cache
-    else:
-        scores.sub_(largest).exp_()
-        scores.div_(scores.sum(dim=1, keepdim=True))
