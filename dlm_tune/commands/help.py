@@ -114,7 +114,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "Held-out likelihood": ("eval_noise_samples", "noise_seed", "per_device_eval_batch_size", "bf16", "use_cpu"),
     },
     "inspect": {
-        "What is shown": ("rows", "color"),
+        "What is shown": ("estimate", "rows", "token_weights", "color"),
         "Model": _MODEL,
         "Data": _DATA,
         "Diffusion objective": _OBJECTIVE,
@@ -126,8 +126,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 # Verbs without keys
 _USAGES = {"report": "OUTPUT_DIR [OUTPUT_DIR ...] [--output FILE.html]", "env": "[--json]"}
 _NOTES = {
-    "report": "Writes report.html and report.png into the run's folder, also while it goes on; for several runs, which\n"
-    "are drawn into the same plots, --output says where. Needs neither network nor GPU, and shows no secrets.",
+    "report": "Writes report.html and report.png into the run's folder, also while it goes on. Several runs are\n"
+    "drawn into the same plots, and --output says where. Needs neither network nor GPU, and shows no secrets.",
     "eval": "Takes the recipe of a training run as it is.",
     "inspect": "Takes the recipe of a training run as it is.",
 }

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlm_tune.commands.report_panels import NUM_COLOURS, Curve, Panel, running_mean
@@ -31,9 +32,9 @@ PALETTE = {
     "bucket3": ("#4a2a8f", "#a48bea"),
 }
 DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")  # NUM_DASHES of them
-_SIZE = (4.7, 3.0)  # inches of one panel
+_SIZE = (4.1, 2.8)  # inches of one panel
 _DPI = 200
-_LOG_RATIO = 20  # largest over smallest value from which an axis is logarithmic
+_LOG_RATIO = 10  # largest over smallest value from which an axis is logarithmic
 _MANY_POINTS = 400
 _FONTS = ["Inter", "Helvetica Neue", "Helvetica", "Arial", "DejaVu Sans"]
 
@@ -63,14 +64,17 @@ def panels_png(panels: list[Panel], title: str, run_names: list[str]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    groups = [list(group) for _, group in groupby(panels, key=lambda panel: panel.group)]
+    columns = min(4 if len(groups) > 1 else 3, max(map(len, groups)))
+    rows = [group[start : start + columns] for group in groups for start in range(0, len(group), columns)]
     legend_rows = -(-len(run_names) // (2 * columns)) if len(run_names) > 1 else 0
     top, bottom = 0.45 + 0.24 * legend_rows, 0.1
     with _style():
-        height = rows * _SIZE[1] + top + bottom
+        height = len(rows) * _SIZE[1] + top + bottom
         figure = Figure(figsize=(columns * _SIZE[0], height), facecolor="white", dpi=_DPI)
-        figure.text(0.02, 1 - 0.3 / height, title, fontsize=12, fontweight="bold", color=_colour("ink"), va="center")
+        figure.text(
+            0.02 / columns, 1 - 0.28 / height, title, fontsize=12, fontweight="bold", color=_colour("ink"), va="center"
+        )
         if legend_rows:
             handles = [
                 Line2D(
@@ -83,15 +87,15 @@ def panels_png(panels: list[Panel], title: str, run_names: list[str]) -> bytes:
                 for index in range(len(run_names))
             ]
             names = [f"\u200a{name}" for name in run_names]  # matplotlib leaves out labels that begin with "_"
-            anchor = (0.015, 1 - 0.45 / height)
+            anchor = (0.02 / columns, 1 - 0.45 / height)
             figure.legend(
                 handles, names, loc="upper left", bbox_to_anchor=anchor, ncols=2 * columns, frameon=False,
-                labelcolor=_colour("ink"), fontsize=9, borderpad=0, handlelength=2.4,
+                labelcolor=_colour("ink"), fontsize=9, borderpad=0, borderaxespad=0, handlelength=2.4,
             )  # fmt: skip
-        for index, panel in enumerate(panels):
-            row, column = divmod(index, columns)
-            y = (bottom + (rows - 1 - row) * _SIZE[1]) / height
-            draw_panel(figure, panel, (column / columns, y, 1 / columns, _SIZE[1] / height))
+        for row, members in enumerate(rows):
+            y = (bottom + (len(rows) - 1 - row) * _SIZE[1]) / height
+            for column, panel in enumerate(members):
+                draw_panel(figure, panel, (column / columns, y, 1 / columns, _SIZE[1] / height))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -102,7 +106,7 @@ def draw_panel(
 ) -> "Axes":
     """Draw one panel into `frame` (left, bottom, width, height as fractions of the figure)."""
     left, bottom, width, height = frame
-    inner = (0.135, 0.15, 0.66 if panel.has_labels else 0.83, 0.66)
+    inner = (0.14, 0.16, 0.64 if panel.has_labels else 0.81, 0.62)
     axes = figure.add_axes((left + inner[0] * width, bottom + inner[1] * height, inner[2] * width, inner[3] * height))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -115,10 +119,10 @@ def draw_panel(
     _scale_axes(axes, panel)
     is_log = axes.get_yscale() == "log"
     unit = ", ".join(filter(None, (panel.unit, "log scale" if is_log else "")))
-    place: Any = {"transform": axes.transAxes, "va": "baseline", "ha": "left"}
-    axes.text(-0.1, 1.17, panel.title, fontsize=10.5, fontweight="bold", color=_colour("ink"), **place)
-    axes.text(-0.1, 1.065, unit, fontsize=8.5, color=_colour("muted"), **place)
-    axes.set_xlabel("step", fontsize=8.5, color=_colour("muted"), loc="right", labelpad=1)
+    x = left + 0.02 * width
+    figure.text(x, bottom + 0.91 * height, panel.title, fontsize=10.5, fontweight="bold", color=_colour("ink"))
+    figure.text(x, bottom + 0.835 * height, unit, fontsize=8.5, color=_colour("muted"))
+    axes.set_xlabel("step", fontsize=8.5, color=_colour("muted"), labelpad=2)
     if panel.reference is not None:
         _draw_reference(axes, *panel.reference)
     if panel.has_labels:
@@ -149,6 +153,7 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
         markersize=5 if len(values) == 1 else 3.2,
         markeredgewidth=0,
         solid_capstyle="round",
+        clip_on=False,
         label=f"\u200a{curve.label}",
     )
 
@@ -204,7 +209,8 @@ def _label_ends(axes: "Axes", panel: Panel) -> None:
         ends.append(axes.transData.transform((0, last))[1])
         texts.append(curve.label if len(panel.curves) > 1 else _last_value(curve, panel.percent))
     gap = 11 * axes.figure.dpi / 72
-    for curve, text, end in zip(panel.curves, texts, spread(ends, gap), strict=True):
+    low, high = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
+    for curve, text, end in zip(panel.curves, texts, spread(ends, gap, low, high), strict=True):
         y = axes.transAxes.inverted().transform((0, end))[1]
         axes.text(
             1.025, y, text, transform=axes.transAxes, va="center", fontsize=8.5, fontweight="bold",
@@ -212,8 +218,8 @@ def _label_ends(axes: "Axes", panel: Panel) -> None:
         )  # fmt: skip
 
 
-def spread(places: list[float], gap: float) -> list[float]:
-    """Move places apart to at least `gap`, in their order, around where they were."""
+def spread(places: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Move places apart to at least `gap`, in their order, around where they were and between `low` and `high`."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     groups: list[list[int]] = []
     centres: list[float] = []
@@ -224,7 +230,9 @@ def spread(places: list[float], gap: float) -> list[float]:
             last = groups.pop()
             centres.pop()
             groups[-1] += last
-            centres[-1] = sum(places[member] for member in groups[-1]) / len(groups[-1])
+            reach = gap * (len(groups[-1]) - 1) / 2
+            mean = sum(places[member] for member in groups[-1]) / len(groups[-1])
+            centres[-1] = max(low + reach, min(high - reach, mean))
     moved = list(places)
     for group, centre in zip(groups, centres, strict=True):
         for rank, index in enumerate(group):
@@ -237,10 +245,15 @@ def _last_value(curve: Curve, percent: bool) -> str:
     error = curve.errors[-1] if curve.errors else None
     if percent:
         return f"{100 * value:.1f} %"
-    if error is None:
-        return _tick(value, 0)
-    digits = min(6, max(1, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{value:.{digits}f}\n± {error:.{digits}f}"
+    return _tick(value, 0) if error is None else value_with_error(value, error).replace(" ±", "\n±")
+
+
+def value_with_error(value: float, error: float | None) -> str:
+    """`0.0198 ± 0.0010`: both with the decimals of two digits of the error."""
+    if error is None or not math.isfinite(error) or error <= 0:
+        return f"{value:.4g}"
+    decimals = min(9, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _tick(value: float, _: Any) -> str:

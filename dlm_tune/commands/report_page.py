@@ -1,37 +1,42 @@
 """The HTML page of a report: one file, no scripts, nothing loaded from anywhere. All text from files is escaped."""
 
 import math
+import re
 from collections.abc import Iterable
 from html import escape
-from typing import Any
 
 from dlm_tune import __version__
-from dlm_tune.commands.report_figures import DASHES, PALETTE, panel_svg
+from dlm_tune.commands.report_figures import DASHES, PALETTE, panel_svg, value_with_error
 from dlm_tune.commands.report_panels import NUM_COLOURS, Panel
-from dlm_tune.commands.report_run import Run
+from dlm_tune.commands.report_run import Run, numbers_of
 
 MAX_LOG_ROWS = 200
 _METRICS = {
     "eval_nelbo": "held-out NELBO, nats per token",
-    "eval_nelbo_standard_error": "standard error over rows",
     "eval_perplexity_bound": "perplexity, upper bound",
     "eval_masked_accuracy": "accuracy at masked tokens",
+    "eval_num_rows": "rows",
 }
 _LOG_COLUMNS = ("step", "loss", "nelbo", "masked_accuracy", "grad_norm", "learning_rate", "num_tokens")
+# Beside what is of no interest: standard errors, which stand with their quantity
+_HIDDEN = re.compile(r"eval_(\w+_)?loss|epoch|\w+_(preparation_time|runtime|per_second|standard_error)")
 _DASH_NAMES = {"-": "", "--": "8 4", ":": "2 3", "-.": "8 3 2 3"}
 
 _CSS = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px }
+main { max-width: 1500px; margin: 0 auto; padding: 32px 24px 64px }
 h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere }
 h2 { font-size: 17px; margin: 40px 0 12px }
 p { margin: 4px 0 }
 .muted, figcaption, th { color: var(--muted) }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 370px), 1fr)); gap: 20px 28px }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 370px), 1fr)); gap: 20px 28px;
+  margin-bottom: 20px }
+.four { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
+@media (max-width: 1447px) { .four { grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)) } }
 figure { margin: 0 }
 svg { display: block; width: 100%; height: auto }
-figcaption { font-size: 12.5px; padding-left: 1% }
+figcaption { font-size: 12.5px; padding-left: 2% }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 8px 0 16px; padding: 0; list-style: none }
 .legend svg { display: inline-block; width: 34px; height: 10px; margin-right: 8px }
 .wide { overflow-x: auto }
@@ -69,13 +74,13 @@ def render_page(runs: list[Run], panels: list[Panel], title: str) -> str:
     )
 
 
-def number(value: float | None) -> str:
-    """A figure of the log with six significant digits; whole numbers in full."""
+def number(value: float | None, digits: int = 6) -> str:
+    """A figure of the log with so many significant digits; whole numbers in full."""
     if value is None:
         return "-"
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:.6g}"
+    return f"{value:.{digits}g}"
 
 
 def _colours() -> str:
@@ -100,12 +105,9 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "")
     return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _with_error(metrics: dict[str, Any] | None, key: str = "eval_nelbo") -> str:
-    metrics = metrics or {}
+def _with_error(metrics: dict[str, float], key: str = "eval_nelbo", digits: int = 6) -> str:
     value, error = metrics.get(key), metrics.get(f"{key}_standard_error")
-    if value is None:
-        return "-"
-    return number(value) if error is None or not math.isfinite(error) else f"{number(value)} ± {error:.2g}"
+    return number(value, digits) if value is None or error is None else value_with_error(value, error)
 
 
 def _summary(runs: list[Run]) -> str:
@@ -114,7 +116,7 @@ def _summary(runs: list[Run]) -> str:
         seconds = sum(entry.get("train_runtime", 0.0) for entry in run.log)
         tokens, loss, rate = run.series("num_tokens"), run.series("loss"), run.tokens_per_second()
         evaluations = list(run.evaluations())
-        first, last = (evaluations[0][1], evaluations[-1][1]) if evaluations else (None, None)
+        first, last = (evaluations[0][1], evaluations[-1][1]) if evaluations else ({}, {})
         rows.append(
             [
                 run.name,
@@ -122,7 +124,7 @@ def _summary(runs: list[Run]) -> str:
                 number(tokens.values[-1]) if len(tokens) else "-",
                 _duration(seconds) if seconds else "-",
                 f"{rate:,.0f}" if rate else "-",
-                number(loss.values[-1]) if len(loss) else "-",
+                f"{loss.values[-1]:.4g}" if len(loss) else "-",
                 _with_error(first),
                 _with_error(last),
             ]
@@ -155,30 +157,36 @@ def _legend(runs: list[Run]) -> str:
 
 
 def _plots(panels: list[Panel]) -> str:
-    figures = []
+    groups: dict[str, list[str]] = {}
     for panel in panels:
         svg = panel_svg(panel).replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
         caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
-        figures.append(f"<figure>{svg}{caption}</figure>")
-    return f'<div class="plots">{"".join(figures)}</div>'
+        groups.setdefault(panel.group, []).append(f"<figure>{svg}{caption}</figure>")
+    return "".join(
+        f'<div class="plots{" four" if len(figures) == 4 else ""}">{"".join(figures)}</div>'
+        for figures in groups.values()
+    )
 
 
 def _evaluations(runs: list[Run]) -> str:
     """All metrics of `results.json`, before and after."""
     parts = []
     for run in runs:
-        before, after = (run.results.get(when) or {} for when in ("before", "after"))
-        keys = [key for key in [*_METRICS, *sorted({*before, *after} - {*_METRICS})] if key in before or key in after]
-        hidden = ("eval_loss", "epoch", "eval_model_preparation_time")
-        rows = [
-            [_METRICS.get(key, key.removeprefix("eval_")), *(number(part.get(key)) for part in (before, after))]
-            for key in keys
-            if key not in hidden and all(isinstance(part.get(key, 0.0), int | float) for part in (before, after))
-        ]
+        parts_of_run = [numbers_of(run.results.get(when)) for when in ("before", "after")]
+        known = {key for part in parts_of_run for key in part if not _HIDDEN.fullmatch(key)}
+        keys = [*(key for key in _METRICS if key in known), *sorted(known - {*_METRICS})]
+        rows = [[_metric_name(key), *(_with_error(part, key, digits=4) for part in parts_of_run)] for key in keys]
         if rows:
             name = f"<p><b>{escape(run.name)}</b></p>" if len(runs) > 1 else ""
             parts.append(name + _table(("", "before", "after"), rows))
     return f"<section><h2>Evaluation before and after training</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _metric_name(key: str) -> str:
+    if bucket := re.fullmatch(r"eval_(nll|accuracy)_masked_(\d+)_(\d+)", key):
+        kind = "loss, nats per masked token" if bucket[1] == "nll" else "accuracy"
+        return f"{kind}, {int(bucket[2])}-{int(bucket[3])} % masked"
+    return _METRICS.get(key, key.removeprefix("eval_"))
 
 
 def _comparison(runs: list[Run]) -> str:

@@ -46,6 +46,7 @@ class Panel:
         from_zero: the axis begins at zero.
         reference: a dashed line with its label.
         note: what a reader must know.
+        group: panels of one group stand together.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Panel:
     from_zero: bool = False
     reference: tuple[float, str] | None = None
     note: str = ""
+    group: str = ""
 
     @property
     def caption(self) -> str:
@@ -69,12 +71,14 @@ class Panel:
 def make_panels(runs: list[Run]) -> list[Panel]:
     """All panels for which some run has points, in the order of the page."""
     panels = [*_loss_panels(runs), *_held_out_panels(runs)]
-    panels += _bucket_panels(runs, "nll", "Loss by noise level", "nats per masked token")
-    panels += _bucket_panels(runs, "accuracy", "Accuracy by noise level", "% of masked tokens")
+    buckets = [
+        *_bucket_panels(runs, "nll", "Loss by noise level", "nats per masked token"),
+        *_bucket_panels(runs, "accuracy", "Accuracy by noise level", "% of masked tokens"),
+    ]
     limit = {run.recipe.get("max_grad_norm") for run in runs}
     reference = limit.pop() if len(limit) == 1 else None
     is_limit = isinstance(reference, int | float) and reference > 0
-    panels += [
+    others = [
         replace(
             _run_panel(runs, "grad_norm", "Gradient norm", "before clipping", smooth=True),
             reference=(float(reference), f"max_grad_norm {reference:g}") if is_limit and reference else None,
@@ -83,6 +87,7 @@ def make_panels(runs: list[Run]) -> list[Panel]:
         _run_panel(runs, "learning_rate", "Learning rate", "", from_zero=True),
         _run_panel(runs, "tokens_per_second", "Throughput", "tokens per second", smooth=True, from_zero=True),
     ]
+    panels += [*others, *buckets] if len(runs) > 1 else [*buckets, *others]
     return [panel for panel in panels if panel.curves]
 
 
@@ -120,7 +125,7 @@ def _loss_panels(runs: list[Run]) -> list[Panel]:
     loss = _run_panel(runs, "loss", "Training loss", unit, smooth=True)
     nelbo = _run_panel(runs, "nelbo", "NELBO of the training batches", unit, smooth=True)
     if all(_are_close(run.series("loss"), run.series("nelbo")) for run in runs):
-        return [replace(loss, title="Training loss = NELBO")]
+        return [replace(loss, note="The NELBO of the training batches is the same within 1 %.")]
     if len(runs) > 1 or not loss.curves or not nelbo.curves:
         return [loss, nelbo]
     pair = (replace(loss.curves[0], label="loss"), replace(nelbo.curves[0], label="NELBO", colour="run1"))
@@ -129,7 +134,7 @@ def _loss_panels(runs: list[Run]) -> list[Panel]:
 
 def _are_close(first: Series, second: Series) -> bool:
     return first.steps == second.steps and all(
-        abs(a - b) <= 1e-3 * abs(b) for a, b in zip(first.values, second.values, strict=True)
+        abs(a - b) <= 1e-2 * abs(b) for a, b in zip(first.values, second.values, strict=True)
     )
 
 
@@ -163,7 +168,9 @@ def _bucket_panels(runs: list[Run], kind: str, title: str, unit: str) -> list[Pa
     percent = kind == "accuracy"
     each = [
         replace(
-            _run_panel(runs, name, f"{title.split()[0]}, {ranges[name]} masked", unit, smooth=True), percent=percent
+            _run_panel(runs, name, f"{title.split()[0]}, {ranges[name]} masked", unit, smooth=True),
+            percent=percent,
+            group=kind,
         )
         for name in names
     ]

@@ -82,7 +82,7 @@ class Run:
         """Step and metrics of all evaluations: before training (step 0), in the log, and after it."""
         by_step = {int(entry["step"]): entry for entry in self.log if any(key.startswith("eval_") for key in entry)}
         for when, step in (("before", 0), ("after", self.step)):
-            metrics = _numbers(self.results.get(when))
+            metrics = numbers_of(self.results.get(when))
             if metrics:
                 by_step.setdefault(step, metrics)
         yield from sorted(by_step.items())
@@ -130,7 +130,7 @@ def read_run(folder: Path, name: str) -> Run:
     """
     candidates = _find_states(folder)
     state_file, state = _newest(candidates)
-    log = [_numbers(entry) for entry in state["log_history"]]
+    log = [numbers_of(entry) for entry in state["log_history"]]
     log = [entry for entry in log if len(entry.keys() - {"step", "epoch"}) and "step" in entry]
     if not log:
         raise ValueError(
@@ -164,7 +164,7 @@ def distinct_names(folders: list[Path]) -> list[str]:
     """Short names: the paths without the parts that all of them begin or end with."""
     parts = [folder.resolve().parts for folder in folders]
     if len(folders) == 1:
-        return [_printable(parts[0][-1] if len(parts[0]) > 1 else str(folders[0]))]
+        return [_printable("/".join(parts[0][1:][-2:]) or str(folders[0]))]
     while len({part[0] for part in parts if part}) == 1 and all(len(part) > 1 for part in parts):
         parts = [part[1:] for part in parts]
     while len({part[-1] for part in parts if part}) == 1 and all(len(part) > 1 for part in parts):
@@ -247,7 +247,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return redact(values)
 
 
-def _numbers(entry: Any) -> dict[str, float]:
+def numbers_of(entry: Any) -> dict[str, float]:
     """What of a log entry or of an evaluation is a number."""
     if not isinstance(entry, dict):
         return {}
