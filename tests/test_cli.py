@@ -263,11 +263,12 @@ def test_inspect_shows_the_batch_that_training_sees(workspace, capsys):
     assert sum(int(row[5]) for row in figures) == int(figures[0][3]), "tokens: all targets of the step"
     for index, t, weight, _, num_masked, num_targets, num_tokens, text in figures:
         masked = "".join(re.findall(r"\[(.*?)\]", text))
-        num_eos = sum(int(count or 1) for count in re.findall(r"EOS(?:x(\d+))?", masked))
-        assert len(re.sub(r"EOS(x\d+)?", "", masked)) + num_eos == int(num_masked)
+        num_eos = sum(int(count or 1) for count in re.findall(r"(?:EOS|FILL)(?:x(\d+))?", masked))
+        assert len(re.sub(r"(EOS|FILL)(x\d+)?", "", masked)) + num_eos == int(num_masked)
         assert float(weight) == pytest.approx(int(num_targets) / int(num_masked), rel=1e-3), "exact count: A / l"
         assert 0 <= float(t) < 1
-        answer = re.sub(r"EOS(x\d+)?|PAD(x\d+)?|[\[\]{}]", "", text)
+        answer = re.sub(r"(EOS|FILL|PAD)(x\d+)?|[\[\]{}]", "", text)
+        assert re.search(r"EOS[\]}]([\[{]FILL(x\d+)?[\]}])+(PAD|$)", text), "one EOS ends the answer, others fill it"
         assert answer == f"past of w{index}: w{index}ed"
         assert int(num_targets) % 8 == 0, "answers are filled to the block length with learned EOS"
         assert int(num_tokens) == len(f"past of w{index}: ") + int(num_targets)

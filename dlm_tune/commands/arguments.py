@@ -128,7 +128,12 @@ class EvalArguments:
 class InspectArguments:
     """Keys of `inspect`."""
 
+    estimate: bool = field(
+        default=False,
+        metadata={"help": "Instead of a batch: counts per step, loss to expect, memory; no weights are loaded."},
+    )
     rows: int = field(default=4, metadata={"help": "Rows of the batch to show."})
+    token_weights: bool = field(default=False, metadata={"help": "Print the weight of each masked token too."})
     color: str = field(
         default="auto",
         metadata={

@@ -61,6 +61,7 @@ CONDITIONS = [
     ),
     Condition(("torch_compile_backend", "torch_compile_mode"), "torch_compile", bool, "torch_compile: true"),
     Condition(("fsdp_config",), "fsdp", bool, "fsdp: full_shard, or better an accelerate configuration"),
+    Condition(("rows", "token_weights", "color"), "estimate", lambda value: not value, "estimate: false"),
     Condition(("generation",), "generate", bool, "generate: true"),
     Condition(("num_prompts",), "generate", bool, "generate: true"),
     Condition(
@@ -120,6 +121,15 @@ _STEP_KEYS = {
     "train_sampling_strategy",
 }
 _EVAL_KEYS = {"bf16_full_eval", "eval_noise_samples", "eval_packing", "fp16_full_eval", "per_device_eval_batch_size"}
+# what `inspect --estimate` reads beside
+_ESTIMATE_KEYS = {
+    "dataloader_drop_last",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+}
 _READ_BY = {"eval": _DATA_KEYS | _EVAL_KEYS, "inspect": _DATA_KEYS | _STEP_KEYS}
 
 
@@ -159,10 +169,11 @@ def ineffective_keys(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list
 def _flags_not_read(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list[str]:
     if verb not in _READ_BY:
         return []
+    read = _READ_BY[verb] | (_ESTIMATE_KEYS if recipe.get("estimate") else set())
     return [
         f"--{name}: has no effect in `dlm-tune {verb}`, which trains nothing. Remove it."
         for name, setting in recipe.settings.items()
         if setting.is_flag
         and (keys[name].owner.__name__ == "RunArguments" or keys[name].owner.__name__ == "DiffusionConfig")
-        and name not in _READ_BY[verb]
+        and name not in read
     ]
