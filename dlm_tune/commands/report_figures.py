@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlm_tune.commands.report_panels import NUM_COLOURS, Curve, Panel, running_mean
+from dlm_tune.commands.report_panels import NUM_COLOURS, Curve, Panel, running_mean, smoothing_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def panels_png(panels: list[Panel], title: str, run_names: list[str]) -> bytes:
     columns = min(4 if len(groups) > 1 else 3, max(map(len, groups)))
     rows = [group[start : start + columns] for group in groups for start in range(0, len(group), columns)]
     legend_rows = -(-len(run_names) // (2 * columns)) if len(run_names) > 1 else 0
-    top, bottom = 0.45 + 0.24 * legend_rows, 0.1
+    top, bottom = 0.45 + 0.24 * legend_rows, 0.35
     with _style():
         height = len(rows) * _SIZE[1] + top + bottom
         figure = Figure(figsize=(columns * _SIZE[0], height), facecolor="white", dpi=_DPI)
@@ -92,6 +92,9 @@ def panels_png(panels: list[Panel], title: str, run_names: list[str]) -> bytes:
                 handles, names, loc="upper left", bbox_to_anchor=anchor, ncols=2 * columns, frameon=False,
                 labelcolor=_colour("ink"), fontsize=9, borderpad=0, borderaxespad=0, handlelength=2.4,
             )  # fmt: skip
+        notes = [smoothing_note(curve for panel in panels for curve in panel.curves)]
+        notes += ["Band: ± one standard error."] * any(curve.errors for panel in panels for curve in panel.curves)
+        figure.text(0.02 / columns, 0.12 / height, " ".join(notes).strip(), fontsize=8, color=_colour("muted"))
         for row, members in enumerate(rows):
             y = (bottom + (len(rows) - 1 - row) * _SIZE[1]) / height
             for column, panel in enumerate(members):
@@ -202,12 +205,12 @@ def _draw_reference(axes: "Axes", value: float, label: str) -> None:
 
 
 def _label_ends(axes: "Axes", panel: Panel) -> None:
-    """Names of the lines at their ends, or the last value of a single line, pushed apart where they would overlap."""
+    """Names of the lines at their ends, or the value of a single line there, pushed apart where they overlap."""
     ends, texts = [], []
     for curve in panel.curves:
         last = running_mean(curve.series.values, curve.window)[-1]
         ends.append(axes.transData.transform((0, last))[1])
-        texts.append(curve.label if len(panel.curves) > 1 else _last_value(curve, panel.percent))
+        texts.append(curve.label if len(panel.curves) > 1 else _last_value(curve, last, panel.percent))
     gap = 11 * axes.figure.dpi / 72
     low, high = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
     for curve, text, end in zip(panel.curves, texts, spread(ends, gap, low, high), strict=True):
@@ -240,8 +243,7 @@ def spread(places: list[float], gap: float, low: float = -math.inf, high: float 
     return moved
 
 
-def _last_value(curve: Curve, percent: bool) -> str:
-    value = curve.series.values[-1]
+def _last_value(curve: Curve, value: float, percent: bool) -> str:
     error = curve.errors[-1] if curve.errors else None
     if percent:
         return f"{100 * value:.1f} %"

@@ -1,6 +1,7 @@
 """Which curves a report shows, as plain numbers: titles, units, smoothing, standard errors."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dlm_tune.commands.report_run import Run, Series
@@ -41,7 +42,7 @@ class Panel:
         title: what is shown.
         unit: unit of the values, and which way is better.
         curves: at least one, each with at least one point.
-        has_labels: write the curves' labels (or their last value) at their ends, rather than rely on a legend.
+        has_labels: write the curves' labels (or the value of a single one) at their ends; otherwise a legend tells.
         percent: show fractions as percentages.
         from_zero: the axis begins at zero.
         reference: a dashed line with its label.
@@ -63,9 +64,7 @@ class Panel:
     @property
     def caption(self) -> str:
         """How the lines were made from the log."""
-        window = max(curve.window for curve in self.curves)
-        smoothing = f"Line: centred mean of {window} log entries; faint: the entries." if window > 1 else ""
-        return " ".join(filter(None, (smoothing, self.note)))
+        return " ".join(filter(None, (smoothing_note(self.curves), self.note)))
 
 
 def make_panels(runs: list[Run]) -> list[Panel]:
@@ -92,17 +91,24 @@ def make_panels(runs: list[Run]) -> list[Panel]:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Centred mean over `window` values (odd); at the ends over fewer, as many on one side as on the other."""
-    means = []
-    for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        means.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
-    return means
+    """Centred mean over `window` values (odd); at the ends over those of them that there are."""
+    reach = window // 2
+    parts = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
+
+
+def smoothing_note(curves: Iterable[Curve]) -> str:
+    """What the lines of smoothed curves are; empty where none is smoothed."""
+    windows = sorted({curve.window for curve in curves if curve.window > 1})
+    if not windows:
+        return ""
+    sizes = f"{windows[0]}" if len(windows) == 1 else f"{windows[0]} to {windows[-1]}"
+    return f"Line: centred mean of {sizes} log entries; faint: the entries."
 
 
 def smoothing_window(num_points: int) -> int:
-    """About a twentieth of the points, odd; 1 (no smoothing) for fewer than 40."""
-    return 2 * (num_points // 40) + 1
+    """About a fifteenth of the points, odd; 1 (no smoothing) for fewer than 30."""
+    return 2 * (num_points // 30) + 1
 
 
 def _run_panel(
