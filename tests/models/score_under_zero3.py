@@ -14,13 +14,16 @@ from tests.tiny_models import tiny_llada
 
 
 class UnevenTrainer(Trainer):
-    """Rank 0 scores every position of its row, rank 1 none."""
+    """Rank 0 scores every position of its row, rank 1 none; with weights in the first step, without in the second."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         tokens = inputs["input_ids"]
         mask = torch.full_like(tokens, self.args.process_index == 0, dtype=torch.bool)
         assert hasattr(model.get_output_embeddings().weight, "ds_id"), "the head must be partitioned"
-        return model(input_ids=tokens, target_ids=tokens, target_mask=mask).token_nll.sum()
+        scored = {"input_ids": tokens, "target_ids": tokens, "target_mask": mask}
+        if self.state.global_step:
+            return model(**scored).token_nll.sum()
+        return model(**scored, target_weights=torch.ones(tokens.shape)).loss
 
 
 def row() -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Train a tiny model for a few steps and write what the trainer saw; run under torchrun by the tests beside it.
 
-Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS
+Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS PACKING
 """
 
 import json
@@ -14,6 +14,7 @@ from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from tests.tiny_models import tiny_llada, tiny_tokenizer
 
 ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(24)]
+PACKED_ROWS = [{"prompt": f"{i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(82)]  # 24 sequences of 32
 
 
 class RecordingTrainer(DiffusionTrainer):
@@ -31,6 +32,7 @@ class RecordingTrainer(DiffusionTrainer):
 
 def main() -> None:
     output_dir, batch_size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    packing = sys.argv[4] == "packed"
     torch.set_num_threads(1)
     arguments = DiffusionConfig(
         output_dir=str(output_dir),
@@ -39,6 +41,8 @@ def main() -> None:
         per_device_eval_batch_size=2,
         learning_rate=1e-2,
         max_steps=5,
+        packing=packing,
+        max_length=32,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
@@ -50,7 +54,7 @@ def main() -> None:
     trainer = RecordingTrainer(
         model=tiny_llada(),
         args=arguments,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(PACKED_ROWS if packing else ROWS),
         eval_dataset=Dataset.from_list(ROWS[:7]),
         processing_class=tiny_tokenizer(),
     )
