@@ -70,7 +70,7 @@ class DiffusionConfig(SFTConfig):
     """
 
     noise_schedule: str = field(
-        default="linear", metadata={"help": "Noise schedule alpha(t).", "choices": list(NOISE_SCHEDULES)}
+        default="linear", metadata={"help": "Noise schedule alpha(t).", "choices": NOISE_SCHEDULES}
     )
     noise_schedule_power: float | None = field(
         default=None, metadata={"help": "Power k of `noise_schedule: polynomial` only, alpha = 1 - t**k (default 2)."}
@@ -80,7 +80,7 @@ class DiffusionConfig(SFTConfig):
     )
     timestep_sampling: str = field(
         default="stratified",
-        metadata={"help": "How the timesteps of a global batch are drawn.", "choices": list(TIMESTEP_SAMPLERS)},
+        metadata={"help": "How the timesteps of a global batch are drawn.", "choices": TIMESTEP_SAMPLERS},
     )
     masking: str = field(
         default="exact_count",
