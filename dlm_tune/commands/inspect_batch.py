@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,11 +67,8 @@ def data_only_trainer(model_arguments: ModelConfig, data_arguments: Any, config:
 
     So an 8B recipe is inspected in seconds, on any machine.
     """
-    if not model_arguments.model_name_or_path:
-        raise ValueError("model_name_or_path is missing: a folder or a Hub name, such as GSAI-ML/LLaDA-8B-Base.")
-    path, _ = find_base(model_arguments.model_name_or_path, None)
-    checkpoint_config, _ = load_config(checkpoint_directory(path, model_arguments.model_revision))
-    tokenizer = load_tokenizer(path, revision=model_arguments.model_revision, model_config=checkpoint_config)
+    directory, checkpoint_config = base_config(model_arguments)
+    tokenizer = load_tokenizer(directory, model_config=checkpoint_config)
     train_dataset, _ = load_datasets(data_arguments, config.seed, text_field=config.dataset_text_field)
     return DiffusionTrainer(
         model=_stand_in(checkpoint_config, tokenizer),
@@ -78,6 +76,19 @@ def data_only_trainer(model_arguments: ModelConfig, data_arguments: Any, config:
         train_dataset=train_dataset,
         processing_class=tokenizer,
     )
+
+
+def base_config(model_arguments: ModelConfig) -> tuple[Path, PreTrainedConfig]:
+    """Directory and config of a recipe's base checkpoint; of a Hub repository everything but the weights is fetched.
+
+    Raises:
+        ValueError: no checkpoint is named, or it is not one of the supported families.
+    """
+    if not model_arguments.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: a folder or a Hub name, such as GSAI-ML/LLaDA-8B-Base.")
+    path, _ = find_base(model_arguments.model_name_or_path, None)
+    directory = checkpoint_directory(path, model_arguments.model_revision, with_weights=False)
+    return directory, load_config(directory)[0]
 
 
 def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:

@@ -14,8 +14,13 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def checkpoint_directory(path_or_repo: str | Path, revision: str | None = None) -> Path:
+def checkpoint_directory(path_or_repo: str | Path, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """Return the local directory of a checkpoint, downloading it where `path_or_repo` is a Hub name.
+
+    Args:
+        path_or_repo: directory or Hub name.
+        revision: of the Hub repository.
+        with_weights: False leaves the weights of a Hub repository where they are.
 
     Raises:
         ValueError: if there is no such directory and no such repository that can be reached.
@@ -33,7 +38,8 @@ def checkpoint_directory(path_or_repo: str | Path, revision: str | None = None) 
             "name of the form organisation/model"
         )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        ignored = ["*/*"] if with_weights else ["*/*", "*.safetensors"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"model {name!r} is not a local directory and could not be fetched from the Hub"
