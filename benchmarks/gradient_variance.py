@@ -38,6 +38,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "bernoulli, antithetic": Estimator("bernoulli", "antithetic", LINEAR),
     "bernoulli, stratified": Estimator("bernoulli", "stratified", LINEAR),
     "bernoulli, systematic": Estimator("bernoulli", "systematic", LINEAR),
+    "bernoulli, stratified, power 1.5": Estimator("bernoulli", "stratified", polynomial(1.5)),
     "exact count, uniform": Estimator("exact_count", "uniform", LINEAR),
     "exact count, antithetic": Estimator("exact_count", "antithetic", LINEAR),
     "exact count, stratified": Estimator("exact_count", "stratified", LINEAR),

@@ -5,6 +5,7 @@ Importing this package registers LLaDA and Dream with transformers' Auto classes
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from dlm_tune.models.documents import check_packed_attention
 from dlm_tune.models.dream import DreamConfig, DreamModel
 from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
@@ -21,6 +22,7 @@ __all__ = [
     "LLaDAModelLM",
     "MaskedTokenScores",
     "ModelFamily",
+    "check_packed_attention",
     "embedding_rows",
     "end_of_turn_ids",
     "load_model",

@@ -43,10 +43,22 @@ def document_attention(document_ids: Tensor, model: Any) -> tuple[Any, dict[str,
         return _block_mask(document_ids, is_causal), {}
     if implementation in FLASH_ATTENTION:
         return None, _variable_lengths(document_ids)
-    raise ValueError(
-        f"attn_implementation={implementation!r} cannot keep packed documents apart. Load the model with one of "
-        f"{', '.join(PACKED_ATTENTION)}, or train without packing."
-    )
+    check_packed_attention(model)
+    raise AssertionError(f"{implementation} is in PACKED_ATTENTION but not handled")
+
+
+def check_packed_attention(model: Any) -> None:
+    """Refuse a model whose attention implementation cannot keep packed documents apart.
+
+    Raises:
+        ValueError: naming it, and those that can.
+    """
+    implementation = model.config._attn_implementation
+    if implementation not in PACKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot keep packed documents apart. Load the model with one of "
+            f"{', '.join(PACKED_ATTENTION)}, or train without packing."
+        )
 
 
 def _is_start(document_ids: Tensor) -> Tensor:

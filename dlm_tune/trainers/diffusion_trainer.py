@@ -19,7 +19,14 @@ from trl.data_utils import is_conversational
 
 from dlm_tune.data import DiffusionCollator, PackedRows, check_raw_rows, check_rows, document_ids, to_sequences
 from dlm_tune.diffusion import NoisyBatch, noise_bank
-from dlm_tune.models import DiffusionMixin, embedding_rows, end_of_turn_ids, load_model, load_tokenizer
+from dlm_tune.models import (
+    DiffusionMixin,
+    check_packed_attention,
+    embedding_rows,
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+)
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
@@ -76,6 +83,8 @@ class DiffusionTrainer(SFTTrainer):
                 f"model is a {type(base_model).__name__}, which cannot score masked positions. Load it with "
                 "dlm_tune.load_model(path), which also turns Llama- and Qwen-style decoders into diffusion models."
             )
+        if args.packing or args.eval_packing:
+            check_packed_attention(base_model)
         if processing_class is None:
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
         train_dataset = self._check_raw(train_dataset, args, "train")
@@ -184,7 +193,7 @@ class DiffusionTrainer(SFTTrainer):
     ) -> Dataset | PackedRows:
         """TRL's tokenisation without its silent truncation, the checks of `check_rows`, and packing."""
         if _is_prepared(dataset):
-            return dataset
+            return self._pack(dataset, processing_class, args) if packing else dataset
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
@@ -199,10 +208,13 @@ class DiffusionTrainer(SFTTrainer):
                 name=dataset_name,
                 vocab_size=self.vocab_size,
             )
-        if not packing:
+        return self._pack(dataset, processing_class, args) if packing else dataset
+
+    @classmethod
+    def _pack(cls, dataset: Any, processing_class: Any, args: DiffusionConfig) -> PackedRows:
+        if isinstance(dataset, PackedRows):
             return dataset
-        lengths = self._make_collator(processing_class, args).row_lengths(dataset)
-        return PackedRows(dataset, lengths, args.max_length)
+        return PackedRows(dataset, cls._make_collator(processing_class, args).row_lengths(dataset), args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row_index", "rows"]

@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from dlm_tune.data import PackedRows
-from tests.tiny_models import tiny_dream, tiny_llada
+from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+from tests.tiny_models import tiny_dream, tiny_llada, tiny_tokenizer
 from tests.trainers.test_diffusion_trainer import GradientRecorder, losses, make_trainer
 
 ROWS = [
@@ -106,18 +107,33 @@ def test_a_packed_run_trains_saves_and_counts(tmp_path):
     assert trainer.state.log_history[-2]["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"data_collator": lambda rows: rows}, "data_collator cannot be given with packing"),
-    ],
-)
-def test_what_packing_refuses(tmp_path, arguments, words):
-    from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+def packed_trainer(tmp_path, model=None, dataset=None, **arguments):
+    config = DiffusionConfig(
+        output_dir=str(tmp_path), packing=True, max_length=48, use_cpu=True, bf16=False, report_to="none"
+    )
+    return DiffusionTrainer(
+        model=model or tiny_llada(),
+        args=config,
+        train_dataset=dataset or Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+        **arguments,
+    )
 
-    config = DiffusionConfig(output_dir=str(tmp_path), packing=True, max_length=48, use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match=words):
-        DiffusionTrainer(model=tiny_llada(), args=config, train_dataset=Dataset.from_list(ROWS), **arguments)
+
+def test_rows_that_are_prepared_already_are_packed_too(tmp_path):
+    first = packed_trainer(tmp_path)
+    again = packed_trainer(tmp_path, dataset=first.train_dataset.rows)
+    assert isinstance(again.train_dataset, PackedRows)
+    assert len(again.train_dataset) == len(first.train_dataset)
+
+
+def test_what_packing_refuses(tmp_path):
+    with pytest.raises(ValueError, match="data_collator cannot be given with packing"):
+        packed_trainer(tmp_path, data_collator=lambda rows: rows)
+    model = tiny_llada()
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match=r"cannot keep packed documents apart\. Load the model with one of sdpa"):
+        packed_trainer(tmp_path, model=model)
 
 
 def test_random_lengths_are_for_plain_text(tmp_path):
