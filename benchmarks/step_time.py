@@ -64,7 +64,8 @@ def main() -> int:
     print("| setup | step | CPU s, min (median) | / time bound | / dense | peak MiB | / memory bound |")
     print("|---|---|---|---|---|---|---|")
     faults = [fault for setup in arguments.setup or SETUPS for fault in compare(setup)]
-    print("\n".join(f"FAILED: {fault}" for fault in faults))
+    for fault in faults:
+        print(f"FAILED: {fault}")
     return 1 if faults else 0
 
 
