@@ -125,10 +125,11 @@ def describe_data(data: DataFigures, notes: list[str], config: DiffusionConfig) 
 
 def describe_steps(data: DataFigures, steps: StepFigures, config: DiffusionConfig) -> Iterator[str]:
     """Lines on an optimiser step and on the run."""
-    plural = "s" if steps.num_sampled > 1 else ""
-    yield f"An optimiser step of one process (mean of the first {steps.num_sampled} step{plural} of the run)"
+    sample = f"mean of the first {steps.num_sampled} steps" if steps.num_sampled > 1 else "the first step"
+    yield f"An optimiser step of one process ({sample} of the run)"
     kind = "packed sequences" if config.packing else "rows"
-    batch = f"{config.per_device_train_batch_size} {kind} x {config.gradient_accumulation_steps} microbatches"
+    microbatches = config.gradient_accumulation_steps
+    batch = f"{config.per_device_train_batch_size} {kind} x {microbatches} microbatch{'es' * (microbatches > 1)}"
     yield _line("rows", f"{steps.rows:,.1f}", batch)
     yield _line("positions", f"{steps.positions:,.0f}", "what the model computes, padding included")
     yield _line("padding", f"{steps.padding:.1%}", "of the positions hold no token")

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -18,6 +21,7 @@ from dlm_tune.diffusion import MASKINGS, NOISE_SCHEDULES, corrupt
 from dlm_tune.trainers import DiffusionConfig
 from dlm_tune.trainers.step_noise import noise_schedule
 from tests.commands.test_inspect_batch import workspace
+from tests.hub_server import HubServer
 from tests.tiny_models import EOS_ID, MASK_ID, tiny_llada, tiny_tokenizer
 
 
@@ -200,6 +204,28 @@ def test_8b_recipe_needs_no_weights(tmp_path, capsys):
     assert f"{math.log(126464):.2f}  ln 126,464" in printed
     assert main(["sft", "--config", recipe]) == 2
     assert "has no model.safetensors" in capsys.readouterr().err
+
+
+def test_of_a_hub_repository_no_weights_are_fetched(tmp_path):
+    recipe = workspace(tmp_path)
+    repository = "user/tiny"
+    code = f"""
+import sys
+from huggingface_hub import HfApi
+from dlm_tune.cli import main
+HfApi().create_repo("{repository}")
+HfApi().upload_folder(folder_path={str(tmp_path / "model")!r}, repo_id="{repository}")
+flags = ["--config", {recipe!r}, "--model_name_or_path", "{repository}"]
+assert main(["inspect", "--debug", "--estimate", *flags]) == 0
+"""
+    with HubServer() as hub:
+        environment = os.environ | hub.environment(tmp_path / "home")
+        finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        fetched = [request for request in hub.requests if request.startswith(("GET", "HEAD")) and "resolve" in request]
+    assert "tensors together" in finished.stdout
+    assert any("config.json" in request for request in fetched)
+    assert not any("safetensors" in request for request in fetched)
 
 
 def test_optimiser_without_known_state_says_so(tmp_path, capsys):
