@@ -206,6 +206,7 @@ def test_8b_recipe_needs_no_weights(tmp_path, capsys):
     assert "has no model.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_a_hub_repository_no_weights_are_fetched(tmp_path):
     recipe = workspace(tmp_path)
     repository = "user/tiny"
