@@ -27,12 +27,14 @@ class LinearHead(NamedTuple):
         bias: (V,) or None.
         logit_softcap: logits become `cap * tanh(logits / cap)`; None for logits as they are.
         chunk_rows: most rows whose logits exist at a time.
+        dtype: what hidden states, weight and bias are multiplied in; None for `compute_dtype` of the call.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_softcap: float | None
     chunk_rows: int
+    dtype: torch.dtype | None = None
 
 
 class HeadScores(NamedTuple):
@@ -75,7 +77,7 @@ def score_rows(
         token_weights: (N,) float; None stands for ones.
         wants: whether to compute the gradients with respect to hidden, weight and bias.
     """
-    dtype = compute_dtype(hidden)
+    dtype = head.dtype or compute_dtype(hidden)
     statistics_dtype = torch.promote_types(dtype, torch.float32)
     row_weights = None if token_weights is None else token_weights.to(statistics_dtype)
     scale = None
@@ -86,7 +88,7 @@ def score_rows(
         weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         nll = hidden.new_empty(len(hidden), dtype=statistics_dtype)
         hits = hidden.new_empty(len(hidden), dtype=torch.bool)
-        hidden_gradient, weight_gradient, bias_gradient = _gradient_buffers(hidden, head, wants)
+        hidden_gradient, weight_gradient, bias_gradient = _gradient_buffers(hidden, head, dtype, wants)
         rows = _even_rows(len(hidden), head.chunk_rows)
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=dtype)
         for start in range(0, len(hidden), rows):
@@ -107,8 +109,8 @@ def score_rows(
                 weighted = chunk_hidden if factor is None else (chunk_hidden * factor).to(dtype)
                 _add_product(weight_gradient, logits.t(), weighted)
             if bias_gradient is not None:
-                ones = logits.new_ones(len(logits)) if factor is None else factor[:, 0].to(dtype)
-                bias_gradient += ones @ logits
+                ones = logits.new_ones(len(logits), 1) if factor is None else factor.to(dtype)
+                _add_product(bias_gradient[:, None], logits.t(), ones)
     return HeadScores(nll, hits, (hidden_gradient, weight_gradient, bias_gradient), scale)
 
 
@@ -150,16 +152,32 @@ class WeightedLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         factor = upstream if ctx.scale is None else upstream * ctx.scale
-        # a pass over (V, D) is saved where looking at the factor does not make an accelerator wait
-        if factor.device.type != "cpu" or factor.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(factor)
-        cast = (
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return (*cast, None, None, None)
+        return (*_finish(gradients, factor, ctx.dtypes), None, None, None)
+
+
+class RecomputedScores(torch.autograd.Function):
+    """Each row's nll under a trainable head; the backward pass makes the logits again, knowing the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, head: LinearHead
+    ) -> tuple[Tensor, Tensor]:
+        """Return nll (N,) and whether each target is the argmax (N,), a constant."""
+        scores = score_rows(head, hidden, target_ids)
+        ctx.save_for_backward(hidden, weight, bias, target_ids)
+        ctx.settings = (head.logit_softcap, head.chunk_rows, compute_dtype(hidden))  # autocast is off in backward
+        ctx.mark_non_differentiable(scores.is_top1)
+        return scores.token_nll, scores.is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        """The gradients of `sum(upstream * nll)`; may be called again."""
+        hidden, weight, bias, target_ids = ctx.saved_tensors
+        head = LinearHead(weight, bias, *ctx.settings)
+        scores = score_rows(head, hidden, target_ids, upstream, tuple(ctx.needs_input_grad[:3]))
+        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias))
+        return (*_finish(scores.gradients, scores.scale, dtypes), None, None)
 
 
 class TokenScores(torch.autograd.Function):
@@ -185,6 +203,21 @@ class TokenScores(torch.autograd.Function):
         return (gradient * factor[:, None]).to(ctx.dtype), None, None
 
 
+def _finish(
+    gradients: tuple[Tensor | None, ...], factor: Tensor | None, dtypes: tuple[torch.dtype | None, ...]
+) -> list[Tensor | None]:
+    """Multiply the gradients in place and give them the dtypes of what they belong to."""
+    finished = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if gradient is not None:
+            # a pass over (V, D) is saved where looking at the factor does not make an accelerator wait
+            if factor is not None and (factor.device.type != "cpu" or factor.item() != 1):
+                gradient.mul_(factor)
+            gradient = gradient.to(dtype)
+        finished.append(gradient)
+    return finished
+
+
 def _even_rows(count: int, most: int) -> int:
     """Rows per chunk so that no chunk is much smaller than the others."""
     return max(1, -(-count // max(1, -(-count // most))))
@@ -198,10 +231,10 @@ def _normalise_for_float16(row_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_buffers(
-    hidden: Tensor, head: LinearHead, wants: tuple[bool, bool, bool]
+    hidden: Tensor, head: LinearHead, dtype: torch.dtype, wants: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Zeros in at least float32 where chunks are summed; float16 is too narrow for what is scaled afterwards."""
-    hidden_dtype = torch.float32 if torch.float16 in (hidden.dtype, compute_dtype(hidden)) else hidden.dtype
+    hidden_dtype = torch.float32 if torch.float16 in (hidden.dtype, dtype) else hidden.dtype
     return (
         hidden.new_empty(hidden.shape, dtype=hidden_dtype) if wants[0] else None,
         _zeros_for_sum(head.weight) if wants[1] else None,
@@ -221,8 +254,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         rows = max(1, _CACHED_ELEMENTS // total.shape[1])
+        # float16 is too narrow for a sum over rows
+        dtype = torch.float32 if left.dtype == torch.float16 else left.dtype
         for start in range(0, len(total), rows):
-            total[start : start + rows] += torch.mm(left[start : start + rows], right)
+            total[start : start + rows] += torch.mm(left[start : start + rows].to(dtype), right.to(dtype))
 
 
 def _score_logits(

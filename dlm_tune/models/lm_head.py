@@ -2,8 +2,8 @@
 
 For N selected positions and V tokens a dense computation holds several (N, V) float32 tensors; here chunks of at most
 `MAX_CHUNK_LOGITS` logits exist at a time. A plain `nn.Linear` is scored by `fused_head`, which computes gradients in
-the forward pass. Any other head (adapters on it, quantised, hooked, partitioned by ZeRO-3 or FSDP2) is called as a
-module on each chunk, and again in the backward pass.
+the forward pass where it can. Any other head (adapters on it, quantised, hooked, partitioned by ZeRO-3 or FSDP2) is
+called as a module on each chunk, and again in the backward pass.
 
 The mask token's logit is not suppressed: LLaDA trains with it, and it is never a target, so the model learns that its
 probability is zero. The sampler suppresses it.
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from dlm_tune.models.fused_head import LinearHead, TokenScores, WeightedLoss, compute_dtype, score_rows
+from dlm_tune.models.fused_head import (
+    LinearHead,
+    RecomputedScores,
+    TokenScores,
+    WeightedLoss,
+    compute_dtype,
+    score_rows,
+)
 
 # 2**25 float32 logits are 128 MiB: 265 rows of LLaDA's vocabulary.
 MAX_CHUNK_LOGITS = 2**25
@@ -66,10 +73,12 @@ def score_targets(
         elif token_weights is not None:
             weights = token_weights.detach()
             return WeightedLoss.apply(hidden, linear.weight, linear.bias, target_ids, weights, tensors)
-        elif head_is_trainable:
-            nll, is_top1 = _score_by_calls(linear, hidden, target_ids, rows, logit_softcap)
-        else:
+        elif not head_is_trainable:
             nll, is_top1 = TokenScores.apply(hidden, target_ids, tensors)
+        elif len(hidden) <= rows:
+            nll, is_top1 = _score_chunk(linear, hidden, target_ids, logit_softcap)
+        else:
+            nll, is_top1 = RecomputedScores.apply(hidden, linear.weight, linear.bias, target_ids, tensors)
     if token_weights is None:
         return None, nll, is_top1
     return (nll * token_weights.detach().to(nll.dtype)).sum(), nll.detach(), is_top1

@@ -130,9 +130,14 @@ def test_autocast_multiplies_as_linear_does_and_sums_in_float32(
     torch.testing.assert_close(nll, expected_nll.detach(), rtol=0, atol=1e-6)
     gradients = torch.autograd.grad(loss * scale, inputs)
     expected = torch.autograd.grad((expected_nll * weights).sum() * scale, inputs)
-    for gradient, reference in zip(gradients, expected, strict=True):
-        assert gradient.dtype == torch.float32
+    with torch.autocast("cpu", dtype):
+        _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB, logit_softcap=softcap)
+    torch.testing.assert_close(nll, expected_nll, rtol=0, atol=1e-6)
+    gradients_of_nll = torch.autograd.grad((nll * weights).sum() * scale, inputs)
+    for gradient, of_nll, reference in zip(gradients, gradients_of_nll, expected, strict=True):
+        assert gradient.dtype == of_nll.dtype == torch.float32
         assert (gradient - reference).norm() < 0.01 * reference.norm()
+        assert (of_nll - reference).norm() < 0.01 * reference.norm()
 
 
 def test_float16_keeps_the_gradient_of_many_improbable_tokens() -> None:
@@ -150,6 +155,19 @@ def test_float16_keeps_the_gradient_of_many_improbable_tokens() -> None:
     (gradient,) = torch.autograd.grad(loss, hidden)
     improbable = (vocab - 1) / (vocab - 1 + math.exp(13.75))
     torch.testing.assert_close(gradient[:, 1], weights * improbable, rtol=2e-3, atol=0)
+
+
+def test_float16_holds_the_sum_over_many_rows_with_one_target() -> None:
+    """2000 rows that all ask for one token: 1024 times its gradient is beyond float16, in the weight and the bias."""
+    head, hidden, _, _ = make_inputs(2000, bias=True, dtype=torch.float32)
+    targets, weights = torch.zeros(2000, dtype=torch.long), torch.full((2000,), 1 / 2000)
+    inputs = trainable(head, hidden)
+    with torch.autocast("cpu", torch.float16):
+        loss = score_targets(head, hidden, targets, VOCAB, token_weights=weights)[0]
+        expected = (dense(head, hidden, targets)[0] * weights).sum()
+    gradients, references = (torch.autograd.grad(value, inputs) for value in (loss, expected))
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
 def test_improbable_targets_have_finite_scores() -> None:
@@ -176,10 +194,11 @@ def test_second_backward_is_refused_and_token_scores_allow_it() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="given away by a first backward pass"):
         loss.backward()
-    head.weight.requires_grad_(False)
-    _, nll, _ = score_targets(head, hidden, targets, VOCAB)
-    first = torch.autograd.grad(nll.sum(), hidden, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(nll.sum(), hidden), first)
+    for is_trainable in (True, False):
+        head.weight.requires_grad_(is_trainable)
+        _, nll, _ = score_targets(head, hidden, targets, VOCAB, max_chunk_logits=2 * VOCAB)
+        first = torch.autograd.grad(nll.sum(), trainable(head, hidden), retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(nll.sum(), trainable(head, hidden)), first)
 
 
 def test_gradients_accumulate_and_the_first_buffer_is_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +222,10 @@ def test_nothing_of_size_vocab_is_kept(kind: type[nn.Linear]) -> None:
     head, hidden, targets, weights = make_inputs(8, kind)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        for token_weights in (weights, None):
-            head.weight.requires_grad_(token_weights is not None)
+        for token_weights, is_trainable in ((weights, True), (None, True), (None, False)):
+            head.weight.requires_grad_(is_trainable)
             score_targets(head, hidden, targets, VOCAB, token_weights=token_weights, max_chunk_logits=2 * VOCAB)
-    assert max(saved, default=0) <= hidden.numel()
+    assert max(saved, default=0) <= max(hidden.numel(), head.weight.numel()) < len(hidden) * VOCAB
 
 
 def test_without_grad_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +234,7 @@ def test_without_grad_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -
     wanted: list[tuple[bool, ...]] = []
     make = fused_head._gradient_buffers
     monkeypatch.setattr(
-        fused_head, "_gradient_buffers", lambda hidden, head, wants: wanted.append(wants) or make(hidden, head, wants)
+        fused_head, "_gradient_buffers", lambda *arguments: wanted.append(arguments[-1]) or make(*arguments)
     )
     with torch.no_grad():
         loss, nll, _ = score_targets(head, hidden, targets, VOCAB, token_weights=weights)
