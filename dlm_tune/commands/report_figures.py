@@ -60,12 +60,13 @@ def panel_svg(panel: Panel) -> str:
 
 
 def panels_png(panels: list[Panel], title: str, run_names: list[str]) -> bytes:
-    """All panels in one picture, two or three in a row, with a legend where there are several runs."""
+    """All panels in one picture, three or four in a row, with a legend where there are several runs."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     groups = [list(group) for _, group in groupby(panels, key=lambda panel: panel.group)]
-    columns = min(4 if len(groups) > 1 else 3, max(map(len, groups)))
+    longest = max(map(len, groups))
+    columns = min(4 if len(groups) > 1 or longest > 6 else 3, longest)
     rows = [group[start : start + columns] for group in groups for start in range(0, len(group), columns)]
     legend_rows = -(-len(run_names) // (2 * columns)) if len(run_names) > 1 else 0
     top, bottom = 0.45 + 0.24 * legend_rows, 0.35

@@ -130,9 +130,7 @@ def _summary(runs: list[Run]) -> str:
             ]
         )
     header = ("run", "steps", "tokens", "training time", "tokens/s", "last loss", "first held-out NELBO", "last")
-    note = (
-        '<p class="muted">Losses in nats per token. Tokens per second: mean over training, evaluations left out.</p>'
-    )
+    note = '<p class="muted">Losses in nats per token. Tokens per second: mean over training, without evaluations.</p>'
     return _table(header, rows) + note
 
 

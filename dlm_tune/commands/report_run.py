@@ -80,7 +80,10 @@ class Run:
 
     def evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Step and metrics of all evaluations: before training (step 0), in the log, and after it."""
-        by_step = {int(entry["step"]): entry for entry in self.log if any(key.startswith("eval_") for key in entry)}
+        by_step: dict[int, dict[str, float]] = {}
+        for entry in self.log:
+            if any(key.startswith("eval_") for key in entry):  # each evaluation data set has an entry of its own
+                by_step.setdefault(int(entry["step"]), {}).update(entry)
         for when, step in (("before", 0), ("after", self.step)):
             metrics = numbers_of(self.results.get(when))
             if metrics:
@@ -93,10 +96,18 @@ class Run:
         return Series([step for step, _ in points], [value for _, value in points])
 
     def tokens_per_second(self) -> float | None:
-        """Mean over the run, evaluations left out; None without the closing entry, or after a resume.
+        """Mean over the run, evaluations left out; None where the log cannot tell.
 
-        After a resume the log counts the tokens of both parts and the seconds of the last.
+        From the logged rates, each weighed by its seconds. Logs without them have only the seconds of the closing
+        entry, and after a resume those are of the last part, while the tokens are of all parts.
         """
+        entries = [entry for entry in self.log if "tokens_per_second" in entry and "num_tokens" in entry]
+        counts = [entry["num_tokens"] for entry in entries]
+        intervals = zip(entries, counts, [0.0, *counts[:-1]], strict=True)
+        known = [(now - before, entry["tokens_per_second"]) for entry, now, before in intervals]
+        logged = [(tokens, rate) for tokens, rate in known if tokens > 0 and rate > 0]
+        if logged:
+            return sum(tokens for tokens, _ in logged) / sum(tokens / rate for tokens, rate in logged)
         seconds = sum(entry.get("train_runtime", 0.0) for entry in self.log)
         seconds -= sum(entry.get("eval_runtime", 0.0) for entry in self.log)
         tokens = self.series("num_tokens")
@@ -131,11 +142,13 @@ def read_run(folder: Path, name: str) -> Run:
     candidates = _find_states(folder)
     state_file, state = _newest(candidates)
     log = [numbers_of(entry) for entry in state["log_history"]]
-    log = [entry for entry in log if len(entry.keys() - {"step", "epoch"}) and "step" in entry]
-    if not log:
+    log = [entry for entry in log if math.isfinite(entry.get("step", math.nan))]
+    figures = [value for entry in log for key, value in entry.items() if key not in ("step", "epoch")]
+    log = [entry for entry in log if len(entry.keys() - {"step", "epoch"})]
+    if not any(map(math.isfinite, figures)):
         raise ValueError(
-            f"{state_file}: the log is empty, so there is nothing to show yet. Entries are written every "
-            "logging_steps steps."
+            f"{state_file}: the log is empty or holds no finite number, so there is nothing to show yet. Entries are "
+            "written every logging_steps steps."
         )
     notes = []
     results, recipe = _read_json(folder / "results.json"), _read_recipe(folder / "recipe.yaml")
@@ -144,6 +157,7 @@ def read_run(folder: Path, name: str) -> Run:
         if folder / STATE_FILE in candidates:
             results, recipe = {}, {}
             notes.append("results.json and recipe.yaml are of an earlier run in the same folder and left out.")
+    progress = numbers_of(state)
     dropped = sum(not math.isfinite(value) for entry in log for value in entry.values())
     if dropped:
         notes.append(f"{dropped} values of the log are not finite and not drawn.")
@@ -151,8 +165,8 @@ def read_run(folder: Path, name: str) -> Run:
         name=name,
         folder=folder,
         state_file=state_file,
-        step=int(state.get("global_step") or 0),
-        max_steps=int(state.get("max_steps") or 0),
+        step=int(progress.get("global_step", 0)),
+        max_steps=int(progress.get("max_steps", 0)),
         log=log,
         results=results,
         recipe=recipe,

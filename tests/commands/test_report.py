@@ -156,6 +156,18 @@ def test_the_band_is_one_standard_error(tmp_path):
     assert "0.500\n± 0.050" in [text.get_text() for text in axes.texts]
 
 
+def test_evaluation_data_sets_do_not_replace_each_other(tmp_path):
+    folder = write_run(tmp_path, eval_every=0, recipe="max_grad_norm: [1]\n")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    values = {(step, name): step + index / 4 for step in (2, 4) for index, name in enumerate("ab")}
+    state["log_history"] += [{"step": step, f"eval_{name}_nelbo": value} for (step, name), value in values.items()]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    panels = panels_by_title([read_run(folder, "run")])
+    for name in "ab":
+        series = panels[f"Held-out NELBO ({name})"].curves[0].series
+        assert (series.steps, series.values) == ([2, 4], [values[2, name], values[4, name]])
+
+
 def test_tables_hold_the_figures_of_log_and_results(tmp_path):
     folder = write_run(tmp_path)
     text = visible_text(report(folder))
@@ -184,7 +196,10 @@ def test_logged_throughput_is_drawn(tmp_path):
     for entry in state["log_history"]:
         entry["tokens_per_second"] = 50.0 * entry["step"]
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    panel = panels_by_title([read_run(folder, "run")])["Throughput"]
+    run = read_run(folder, "run")
+    # 100 tokens at each of the rates 50, 100, ..., 400
+    assert run.tokens_per_second() == pytest.approx(800 / sum(100 / (50 * step) for step in range(1, 9)))
+    panel = panels_by_title([run])["Throughput"]
     assert panel.curves[0].series.values[:2] == [50.0, 100.0]
     assert draw_panel(Figure(), panel).get_ylim()[0] == 0
 
@@ -415,6 +430,9 @@ def test_a_finished_run_wins_over_its_checkpoints_whatever_the_times(tmp_path):
         ({"trainer_state.json": "[1]"}, ["holds list", "not written by dlm-tune"]),
         ({"trainer_state.json": "{}"}, ["has no log_history"]),
         ({"trainer_state.json": '{"log_history": []}'}, ["the log is empty", "logging_steps"]),
+        ({"trainer_state.json": '{"log_history": [{"step": 1, "loss": NaN}]}'}, ["holds no finite number"]),
+        ({"trainer_state.json": '{"log_history": [{"step": NaN, "loss": 1}]}'}, ["holds no finite number"]),
+        ({"trainer_state.json": '{"log_history": [{"step": 1, "x": 1}]}'}, ["none of the quantities"]),
         ({"recipe.yaml": "a: [1"}, ["recipe.yaml is not YAML"]),
         ({"recipe.yaml": "- 1"}, ["recipe.yaml is not a recipe"]),
         ({"results.json": "nonsense"}, ["results.json is not whole JSON"]),
