@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,11 @@ class Run:
         From the logged rates, each weighed by its seconds. Logs without them have only the seconds of the closing
         entry, and after a resume those are of the last part, while the tokens are of all parts.
         """
-        entries = [entry for entry in self.log if "tokens_per_second" in entry and "num_tokens" in entry]
-        counts = [entry["num_tokens"] for entry in entries]
-        intervals = zip(entries, counts, [0.0, *counts[:-1]], strict=True)
-        known = [(now - before, entry["tokens_per_second"]) for entry, now, before in intervals]
-        logged = [(tokens, rate) for tokens, rate in known if tokens > 0 and rate > 0]
+        logged = [entry for entry in self.log if entry.get("tokens_per_second", 0) > 0 and "num_tokens" in entry]
         if logged:
-            return sum(tokens for tokens, _ in logged) / sum(tokens / rate for tokens, rate in logged)
+            counts = [0.0, *(entry["num_tokens"] for entry in logged)]
+            pairs = zip(pairwise(counts), logged, strict=True)
+            return counts[-1] / sum((now - before) / entry["tokens_per_second"] for (before, now), entry in pairs)
         seconds = sum(entry.get("train_runtime", 0.0) for entry in self.log)
         seconds -= sum(entry.get("eval_runtime", 0.0) for entry in self.log)
         tokens = self.series("num_tokens")
