@@ -270,7 +270,8 @@ class DiffusionTrainer(SFTTrainer):
         noisy = inputs["noisy"]
         outputs = self._score(model, inputs, noisy, inputs["loss_weights"])
         self._training_sums += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"]).sum(0)
-        return outputs.loss * self.accelerator.num_processes
+        # torch's DataParallel (several GPUs in one process) gives one sum a GPU, of which the Trainer takes the mean
+        return outputs.loss.sum() * self.accelerator.num_processes
 
     def _score(
         self, model: nn.Module, inputs: dict[str, Any], noisy: NoisyBatch, token_weights: Tensor | None = None
