@@ -322,37 +322,47 @@ def variance_table(draws: Draws) -> dict[str, tuple[float, float, float]]:
 # The same by drawing whole batches with the library's functions
 
 
-def direct_check(model: Any, rows: Rows, replicates: int) -> None:
-    """Print noise variances of whole batches, and how far the mean gradients lie from LLaDA's, in standard errors."""
+def direct_check(model: Any, rows: Rows, draws: Draws, batches: int) -> None:
+    """Print the variance of whole batches over the one from `draws`, and the mean gradient against LLaDA's.
+
+    LLaDA's own ratio shows why its variance is integrated instead: a few batches make up most of it.
+    """
     size = sum(parameter.numel() for parameter in model.parameters())
     generator = torch.Generator().manual_seed(2)
     places = torch.randint(SKETCH, (size,), generator=generator)
     signs = torch.randint(2, (size,), generator=generator).float() * 2 - 1
-    results: dict[str, Tensor] = {}
+    same, _ = mean_gradients(draws)
+    mean_square = float((same.sum() - same.trace()) / (len(same) * (len(same) - 1)))
+    model.requires_grad_(True)
+    reference: Tensor | None = None
+    print(f"\nDirectly, {batches} batches each:\n")
     print(
-        f"\nDirectly, {replicates} batches each:\n\n"
-        "| estimator | noise variance / LLaDA | mean gradient, z |\n|---|---|---|"
+        "| estimator | variance, batches / draws | share of the largest batch | mean gradient, z |\n|---|---|---|---|"
     )
-    for name in ("LLaDA: bernoulli, uniform", "exact count, stratified", "exact count, stratified, power 1.5"):
-        sketches = torch.zeros(replicates, SKETCH)
-        for step in range(replicates):
+    for name in ("LLaDA: bernoulli, uniform", "exact count, uniform", "exact count, stratified, power 1.5"):
+        estimator = ESTIMATORS[name]
+        sketches = torch.zeros(batches, SKETCH)
+        for step in range(batches):
             model.zero_grad()
-            batch_loss(model, rows, ESTIMATORS[name], 3, step).backward()
+            batch_loss(model, rows, estimator, 3, step).backward()
             gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
             sketches[step].index_add_(0, places, gradient * signs)
-        results[name] = sketches.double()
-    reference = results["LLaDA: bernoulli, uniform"]
-    deviations = {name: (values - values.mean(0)).square().sum(1) for name, values in results.items()}
-    base = deviations["LLaDA: bernoulli, uniform"]
-    for name, values in results.items():
-        own = deviations[name]
-        ratio = float(own.mean() / base.mean())
-        error = ratio * math.sqrt(float(own.var() / own.mean() ** 2 + base.var() / base.mean() ** 2) / replicates)
-        # of the difference of means along the mean gradient itself
+        values = sketches.double()
+        reference = values if reference is None else reference
+        deviations = (values - values.mean(0)).square().sum(1) * batches / (batches - 1)
+        moment = each_replicate(draws, second_moments(estimator, draws.num_targets), draws.norms)
+        predicted = float(moment.mean() - mean_square) / float(rows.target_mask.sum()) ** 2
+        relative = math.hypot(
+            float(deviations.std() / deviations.mean()) / math.sqrt(batches),
+            float(moment.std() / moment.mean()) / math.sqrt(len(moment)),
+        )
+        ratio, largest = float(deviations.mean()) / predicted, float(deviations.max() / deviations.sum())
+        # of the difference of means along LLaDA's mean gradient
         direction = reference.mean(0) / reference.mean(0).norm()
         ours, theirs = values @ direction, reference @ direction
-        spread = math.sqrt(float(ours.var() + theirs.var()) / replicates)
-        print(f"| {name} | {ratio:.3f} ± {error:.3f} | {float(ours.mean() - theirs.mean()) / spread:+.1f} |")
+        spread = math.sqrt(float(ours.var() + theirs.var()) / batches)
+        z = f"{float(ours.mean() - theirs.mean()) / spread:+.1f}"
+        print(f"| {name} | {ratio:.2f} ± {ratio * relative:.2f} | {largest:.2f} | {z} |", flush=True)
 
 
 def main() -> int:
@@ -375,7 +385,7 @@ def main() -> int:
     for name, (ratio, error, total) in variance_table(draws).items():
         print(f"| {name} | {ratio:.3f} ± {error:.3f} | {total:.3f} |")
     if arguments.direct:
-        direct_check(model, rows, arguments.direct)
+        direct_check(model, rows, draws, arguments.direct)
     print(f"\n{time.process_time() - start:.0f} CPU seconds")
     return 0
 

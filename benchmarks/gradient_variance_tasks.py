@@ -103,7 +103,7 @@ def load_task_model(task: str, train_steps: int) -> Any:
     model = load_model(str(BASE), dtype=torch.float32)
     if task == "start":
         torch.manual_seed(0)
-        model.apply(model._init_weights)
+        model = type(model)(model.config)
     if train_steps:
         train(model, load_rows(task, BATCH_SIZE * train_steps + HELD_OUT).take(slice(HELD_OUT, None)), LLADA)
     return model.eval()
