@@ -1,5 +1,6 @@
 """Configuration of `DiffusionTrainer`."""
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -173,9 +174,10 @@ class DiffusionConfig(SFTConfig):
             faults.append(f"noise_epsilon={self.noise_epsilon} must lie between 0 and 1; LLaDA uses 1e-3.")
         if self.block_length is not None and self.block_length < 1:
             faults.append(f"block_length={self.block_length} must be at least 1; LLaDA and dLLM use 32.")
-        if self.noise_schedule_power is not None and self.noise_schedule_power <= 0:
+        if self.noise_schedule_power is not None and not 0 < self.noise_schedule_power < math.inf:
             faults.append(
-                f"noise_schedule_power={self.noise_schedule_power} must be above 0; 1 is the linear schedule."
+                f"noise_schedule_power={self.noise_schedule_power} must be above 0 and finite; 1 is the linear "
+                "schedule."
             )
         if self.cart_geometric_p is not None and not 0 < self.cart_geometric_p < 1:
             faults.append(f"cart_geometric_p={self.cart_geometric_p} must lie between 0 and 1; the default is 0.3.")
@@ -223,10 +225,16 @@ class DiffusionConfig(SFTConfig):
                 "eos_policy='pad_to_max' fills rows to the longest of their batch, which packing does not have. Set "
                 "eos_policy='pad_to_block' or 'one', or packing=False."
             )
-        if self.packing and self.train_sampling_strategy == "group_by_length":
+        if is_packed and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            which = "packing" if self.packing else "eval_packing"
             faults.append(
-                "train_sampling_strategy='group_by_length' has no effect with packing=True: packed sequences are all "
-                "of like length. Remove one of them."
+                f"train_sampling_strategy='{self.train_sampling_strategy}' does not go with {which}=True: it sorts "
+                "by length, and packed sequences are all of like length. Remove one of them."
+            )
+        if is_packed and (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            faults.append(
+                "dataset_kwargs={'skip_prepare_dataset': True} would leave out packing too. Remove it: rows that are "
+                "prepared already are only packed."
             )
         if self.overlong_rows != "error" and self.max_length is None:
             faults.append(f"overlong_rows='{self.overlong_rows}' has no effect with max_length=None. Set max_length.")

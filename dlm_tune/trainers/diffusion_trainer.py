@@ -31,6 +31,7 @@ from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
+from dlm_tune.trainers.trl_limits import adapters_on_the_head
 
 
 def _is_prepared(dataset: Any) -> bool:
@@ -94,18 +95,19 @@ class DiffusionTrainer(SFTTrainer):
         self.logits_shift: bool = base_model.config.logits_shift
         self.vocab_size: int = embedding_rows(base_model.config)
         data_collator = kwargs.pop("data_collator", None)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=self._evaluation_metrics,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        with adapters_on_the_head():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=self._evaluation_metrics,
+                peft_config=peft_config,
+                callbacks=callbacks,
+                **kwargs,
+            )
         # TRL patches `forward` on the instance with its causal head; ours is the class's forward
         base_model.__dict__.pop("forward", None)
         # made here: TRL has given the tokenizer the `eos_token` and `pad_token` of the arguments by now
@@ -218,6 +220,17 @@ class DiffusionTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row_index", "rows"]
+
+    def _get_dataloader(self, *arguments: Any, is_training: bool = False, **options: Any) -> Any:
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation takes every row
+        try:
+            loader = super()._get_dataloader(*arguments, is_training=is_training, **options)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+        if is_training and drop_last and not len(loader):
+            raise ValueError("dataloader_drop_last=True leaves no batch: the data set holds less than one. Remove it.")
+        return loader
 
     # Training
 
@@ -343,9 +356,7 @@ class DiffusionTrainer(SFTTrainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Statistics of the rows over their fixed bank of noise, and their indices."""
         inputs = self._prepare_inputs(inputs)
-        statistics = torch.zeros(
-            len(inputs["input_ids"]), NUM_COLUMNS, dtype=torch.float64, device=inputs["input_ids"].device
-        )
+        statistics = inputs["input_ids"].new_zeros(len(inputs["input_ids"]), NUM_COLUMNS, dtype=torch.float64)
         bank = noise_bank(
             inputs["input_ids"],
             inputs["target_mask"],

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from dlm_tune.trainers import DiffusionConfig
@@ -15,12 +17,25 @@ def config(**arguments):
         ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' cannot be honoured"),
         ({"packing": True, "max_length": None}, "packing needs max_length"),
         ({"eval_packing": True, "eos_policy": "pad_to_max"}, "eos_policy='pad_to_max' fills rows to the longest"),
-        ({"packing": True, "train_sampling_strategy": "group_by_length"}, "has no effect with packing=True"),
+        ({"packing": True, "train_sampling_strategy": "group_by_length"}, "does not go with packing=True"),
+        ({"packing": True, "train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' does not go"),
+        (
+            {"eval_packing": True, "train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy='group_by_length' does not go with eval_packing=True",
+        ),
+        (
+            {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            "dataset_kwargs={'skip_prepare_dataset': True} would leave out packing",
+        ),
         ({"loss_weighting": "snr"}, "loss_weighting='snr' is unknown: choose one of nelbo, uniform, cart"),
         ({"cart_geometric_p": 0.3}, "cart_geometric_p=0.3 has no effect with loss_weighting='nelbo'"),
         ({"cart_geometric_p": 1.0, "loss_weighting": "cart"}, "cart_geometric_p=1.0 must lie between 0 and 1"),
         ({"noise_schedule_power": 2.0}, "noise_schedule_power=2.0 has no effect with noise_schedule='linear'"),
         ({"noise_schedule_power": 0.0, "noise_schedule": "polynomial"}, "noise_schedule_power=0.0 must be above 0"),
+        (
+            {"noise_schedule_power": math.nan, "noise_schedule": "polynomial"},
+            "noise_schedule_power=nan must be above 0 and finite",
+        ),
         ({"random_length_probability": 1.5}, "random_length_probability=1.5 must lie between 0 and 1"),
         ({"padding_free": True}, "padding_free=True cannot be honoured"),
         ({"truncation_mode": "keep_end"}, "rows are never cut silently; choose with `overlong_rows`"),

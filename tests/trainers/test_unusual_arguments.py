@@ -2,7 +2,10 @@
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTConfig
+from trl.trainer import sft_trainer
 
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from tests.tiny_models import tiny_llada, tiny_tokenizer
@@ -74,3 +77,31 @@ def test_conversations_without_a_chat_template_are_refused(tmp_path):
         DiffusionTrainer(
             tiny_llada(), arguments, Dataset.from_list(CHATS), processing_class=tiny_tokenizer(chat_template=False)
         )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_evaluation_takes_every_row_where_training_drops_the_last_batch(tmp_path, packing):
+    settings = {"packing": packing, "max_length": 48, "dataloader_drop_last": True, "per_device_eval_batch_size": 3}
+    trainer = make_trainer(tmp_path, eval_rows=PAIRS, per_device_train_batch_size=2, **settings)
+    assert trainer.evaluate()["eval_num_rows"] == len(PAIRS)
+    assert trainer.args.dataloader_drop_last
+    assert trainer.predict(trainer.eval_dataset).metrics["test_num_rows"] == len(PAIRS)
+
+
+def test_a_run_that_would_drop_all_data_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, packing=True, max_length=256, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="dataloader_drop_last=True leaves no batch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_adapter_on_the_head_is_trained(tmp_path, packing):
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    trainer = make_trainer(
+        tmp_path, peft_config=adapter, packing=packing, max_length=48, max_steps=2, learning_rate=1e-2
+    )
+    trainer.train()
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in name}
+    assert any("lm_head" in name for name in trained)
+    assert all(p.abs().max() > 0 for p in trained.values())  # they begin at 0
+    assert sft_trainer.BaseTunerLayer is BaseTunerLayer
