@@ -24,6 +24,8 @@ def run_report(arguments: list[str]) -> None:
         raise RecipeError([f"{len(folders)} runs cannot be told apart in one plot: give {MAX_RUNS} at most."], _TITLE)
     runs = read_runs(folders)
     panels = make_panels(runs)
+    if not panels:
+        raise ValueError(f"{', '.join(map(str, folders))}: the log has none of the quantities of a dlm-tune run.")
     from dlm_tune.commands.report_figures import panels_png
     from dlm_tune.commands.report_page import render_page
 

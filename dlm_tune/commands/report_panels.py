@@ -74,8 +74,8 @@ def make_panels(runs: list[Run]) -> list[Panel]:
         *_bucket_panels(runs, "nll", "Loss by noise level", "nats per masked token"),
         *_bucket_panels(runs, "accuracy", "Accuracy by noise level", "% of masked tokens"),
     ]
-    limit = {run.recipe.get("max_grad_norm") for run in runs}
-    reference = limit.pop() if len(limit) == 1 else None
+    limits = [run.recipe.get("max_grad_norm") for run in runs]
+    reference = limits[0] if all(limit == limits[0] for limit in limits) else None
     is_limit = isinstance(reference, int | float) and reference > 0
     others = [
         replace(
