@@ -100,6 +100,7 @@ def step_setup(
         gradient_checkpointing=config.gradient_checkpointing,
         accumulates=config.gradient_accumulation_steps > 1,
         optim=getattr(config.optim, "value", config.optim),
+        on_accelerator=not config.use_cpu,
         attn_implementation=model_arguments.attn_implementation,
     )
 

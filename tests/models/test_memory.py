@@ -75,15 +75,18 @@ def real_step(model, setup: StepSetup):
         {"peft_config": LORA | {"lora_dropout": 0.1}},
         {"peft_config": LORA, "dtype": torch.bfloat16},
         {"attn_implementation": "eager"},
+        {"tied": True},
+        {"peft_config": LORA | {"modules_to_save": ["lm_head"]}},
+        {"peft_config": LORA | {"target_modules": [*LORA["target_modules"], "lm_head"]}},
     ],
     ids=lambda settings: ",".join(settings) or "full",
 )
 def test_peak_of_forward_and_backward_is_that_of_the_allocator(make_model, settings):
     settings = dict(settings)
-    peft = settings.pop("peft_config", None)
+    peft, tied = settings.pop("peft_config", None), settings.pop("tied", False)
     num_targets = B * L - settings.get("has_mask", True)
     setup = StepSetup(B, L, num_targets, peft_config=LoraConfig(**peft) if peft else None, **settings)
-    model = make_model(**LARGER[make_model]).to(setup.dtype)
+    model = make_model(**LARGER[make_model], tie_word_embeddings=tied).to(setup.dtype)
     model.set_attn_implementation(setup.attn_implementation or "sdpa")
     config = model.config
     estimate = estimate_step_memory(config, setup)
@@ -187,6 +190,29 @@ def test_optimiser_state_is_that_of_the_real_optimiser(optim, tmp_path):
     held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     expected = sum(value.nbytes for value in held if value.dim() > 0)
     assert optimizer_state_bytes(optim, list(model.parameters())) == expected
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_temporaries_of_the_update_are_those_of_the_real_optimiser(optim, foreach):
+    """`foreach` is what torch chooses on an accelerator; it runs on the CPU too."""
+    classes = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+    is_fused = optim == "adamw_torch_fused"
+    if is_fused and foreach:
+        pytest.skip("fused and foreach exclude each other")
+    model = tiny_llada(d_model=128, mlp_hidden_size=256, n_layers=2)
+    settings = {"fused": True} if is_fused else {"foreach": foreach}
+    optimizer = classes.get(optim, torch.optim.AdamW)(model.parameters(), lr=1e-3, **settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the state
+    estimate = estimate_step_memory(model.config, StepSetup(1, 8, 8, optim=optim, on_accelerator=foreach))
+    tolerance = 0.02 * estimate.gradients  # scalars of each parameter
+    if foreach:
+        assert abs(estimate.optimizer_update - allocated_peak(optimizer.step)) < tolerance
+    else:  # Adagrad and RMSprop need fewer
+        assert estimate.optimizer_update > allocated_peak(optimizer.step) - tolerance
+        assert estimate.optimizer_update <= 3 * max(parameter.nbytes for parameter in model.parameters())
 
 
 def test_unknown_optimiser_state_is_none():
