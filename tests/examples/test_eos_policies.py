@@ -131,6 +131,7 @@ def test_tables_are_markdown():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_smoke_run(tmp_path):
     pytest.importorskip("lemminflect", reason="needs the extra `quickstart`")
     command = [sys.executable, "examples/quickstart/eos_policies.py", "--smoke", "--output_dir", str(tmp_path)]
