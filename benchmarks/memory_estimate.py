@@ -1,6 +1,6 @@
 """Estimated against measured peak memory of training, on the CPU, for models of 5 to 60 million parameters.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory_estimate.py                  # all cases, about five minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/memory_estimate.py                  # all cases, under ten minutes on one core
     OMP_NUM_THREADS=1 python benchmarks/memory_estimate.py "full, 25M" "LoRA, 25M"
 
 Each case trains two steps with `DiffusionTrainer` in its own process. Before, a tiny model is trained there for one
