@@ -23,9 +23,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from gradient_variance_tasks import LLADA, TASKS, Estimator, Rows, batch_loss, load_rows, load_task_model
+from gradient_variance_tasks import (
+    LLADA,
+    TASKS,
+    Estimator,
+    Rows,
+    batch_loss,
+    load_rows,
+    load_task_model,
+    row_gradients,
+)
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 from dlm_tune.diffusion.schedules import COSINE, COSINE_MDLM, LINEAR, NoiseSchedule, polynomial
 
@@ -72,31 +80,6 @@ class Draws(NamedTuple):
     complements: Tensor
     errors: Tensor
     num_targets: int
-
-
-def row_gradients(model: Any) -> Callable[[Rows, Tensor], tuple[Tensor, Tensor]]:
-    """Return a function of (rows, masked) to (n, P) gradients of summed cross-entropy and (n, L) token scores."""
-    model.set_attn_implementation("eager")
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def loss(parameters: Any, input_ids: Tensor, attended: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        length = len(input_ids)
-        inputs = {
-            "input_ids": input_ids.masked_fill(masked, model.config.mask_token_id)[None],
-            "attention_mask": attended.bool().expand(1, 1, length, length),
-            "position_ids": torch.arange(length)[None],
-        }
-        logits = functional_call(model, parameters, (), inputs).logits[0]
-        nll = torch.nn.functional.cross_entropy(logits, input_ids, reduction="none") * masked
-        return nll.sum(), nll
-
-    per_row = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0, 0))
-
-    def gradients(rows: Rows, masked: Tensor) -> tuple[Tensor, Tensor]:
-        parts, nll = per_row(parameters, rows.input_ids, rows.attention_mask, masked)
-        return torch.cat([part.flatten(1) for part in parts.values()], dim=1), nll.detach()
-
-    return gradients
 
 
 def count_bins(num_targets: int, num_bins: int) -> list[tuple[int, int]]:
@@ -269,6 +252,15 @@ def fitted_proposal(draws: Draws, values: Tensor, num_buckets: int | None) -> Te
     return torch.stack(results)
 
 
+def token_errors(draws: Draws, num_buckets: int = 4) -> str:
+    """Return the mean of `(1 - p(target))^2` over masked tokens, by range of the masked fraction."""
+    weights = (draws.counts * draws.widths[:, None]).double().flatten()
+    bucket = ((draws.counts * num_buckets - 1) // draws.num_targets).flatten()
+    sums = torch.zeros(2, num_buckets, dtype=torch.float64)
+    sums.index_add_(1, bucket, torch.stack([weights * draws.errors.flatten(), weights]))
+    return " ".join(f"{error:.2f}" for error in (sums[0] / sums[1]).tolist())
+
+
 def jackknife(statistic: Callable[[Tensor], float], replicates: int) -> tuple[float, float]:
     """Return `statistic(indices of replicates)` and its standard error."""
     every = torch.arange(replicates)
@@ -384,6 +376,7 @@ def main() -> int:
     print("\n| estimator | noise variance / LLaDA | total variance / LLaDA |\n|---|---|---|")
     for name, (ratio, error, total) in variance_table(draws).items():
         print(f"| {name} | {ratio:.3f} ± {error:.3f} | {total:.3f} |")
+    print(f"\ntoken errors by quarter of the masked fraction: {token_errors(draws)}")
     if arguments.direct:
         direct_check(model, rows, draws, arguments.direct)
     print(f"\n{time.process_time() - start:.0f} CPU seconds")

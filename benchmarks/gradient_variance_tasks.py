@@ -13,11 +13,13 @@ Starts from `models/quickstart-base` and the data of `examples/quickstart/inflec
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad, vmap
 
 from dlm_tune import load_model, load_tokenizer
 from dlm_tune.diffusion import TIMESTEP_SAMPLERS, NoiseStream, corrupt, counter_uniform, noise_bank
@@ -129,6 +131,31 @@ def batch_loss(model: Any, rows: Rows, estimator: Estimator, seed: int, step: in
         target_mask=noisy.masked,
     )
     return (scores.token_nll * noisy.weights[noisy.masked_rows].float()).sum() / rows.target_mask.sum()
+
+
+def row_gradients(model: Any) -> Callable[[Rows, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function of (rows, masked) to (n, P) gradients of summed cross-entropy and (n, L) token scores."""
+    model.set_attn_implementation("eager")
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: Any, input_ids: Tensor, attended: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        length = len(input_ids)
+        inputs = {
+            "input_ids": input_ids.masked_fill(masked, model.config.mask_token_id)[None],
+            "attention_mask": attended.bool().expand(1, 1, length, length),
+            "position_ids": torch.arange(length)[None],
+        }
+        logits = functional_call(model, parameters, (), inputs).logits[0]
+        nll = torch.nn.functional.cross_entropy(logits, input_ids, reduction="none") * masked
+        return nll.sum(), nll
+
+    per_row = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0, 0))
+
+    def gradients(rows: Rows, masked: Tensor) -> tuple[Tensor, Tensor]:
+        parts, nll = per_row(parameters, rows.input_ids, rows.attention_mask, masked)
+        return torch.cat([part.flatten(1) for part in parts.values()], dim=1), nll.detach()
+
+    return gradients
 
 
 def train(model: Any, rows: Rows, estimator: Estimator, seed: int = 0) -> None:
