@@ -285,12 +285,12 @@ def dense_loss(model: Any, batch: dict[str, Any]) -> Any:
     tokens = batch["noisy"]["noisy_input_ids"]
     logits = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits.flatten(0, 1).float()
     nll = F.cross_entropy(logits, batch["input_ids"].flatten(), reduction="none")
-    return nll @ batch["loss_weights"].flatten()
+    return (nll * batch["loss_weights"].flatten()).sum()
 
 
 def masked_loss(model: Any, batch: dict[str, Any]) -> Any:
     hidden, targets, weights = _masked_states(model, batch)
-    return _nll(model.lm_head, hidden, targets) @ weights
+    return (_nll(model.lm_head, hidden, targets) * weights).sum()
 
 
 def chunked_loss(model: Any, batch: dict[str, Any]) -> Any:
@@ -299,7 +299,8 @@ def chunked_loss(model: Any, batch: dict[str, Any]) -> Any:
 
     hidden, targets, weights = _masked_states(model, batch)
     chunks = zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
-    return torch.cat([checkpoint(_nll, model.lm_head, *chunk, use_reentrant=False) for chunk in chunks]) @ weights
+    nll = torch.cat([checkpoint(_nll, model.lm_head, *chunk, use_reentrant=False) for chunk in chunks])
+    return (nll * weights).sum()
 
 
 def _masked_states(model: Any, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
