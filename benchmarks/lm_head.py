@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm_tune.models import lm_head
+
 MEBIBYTE = 2**20
 MAX_FROZEN_RATIO = 0.25
 TRL_VOCAB_CHUNK = 32768  # what add_fused_lm_head passes
@@ -44,18 +46,14 @@ def dense_loss(head: torch.nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor
 
 
 def dlm_tune_loss(head: torch.nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    from dlm_tune.models.lm_head import score_targets
-
     weights = torch.ones(len(targets), device=targets.device)
-    loss = score_targets(head, hidden, targets, len(head.weight), token_weights=weights)[0]
+    loss = lm_head.score_targets(head, hidden, targets, len(head.weight), token_weights=weights)[0]
     assert loss is not None
     return loss
 
 
 def dlm_tune_nll_loss(head: torch.nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    from dlm_tune.models.lm_head import score_targets
-
-    return score_targets(head, hidden, targets, len(head.weight))[1].sum()
+    return lm_head.score_targets(head, hidden, targets, len(head.weight))[1].sum()
 
 
 def trl_loss(head: torch.nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -105,6 +103,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=1, help="timed repetitions, the fastest counts (default 1)")
+    parser.add_argument("--max-chunk-logits", type=int, help="logits that exist at a time in dlm_tune (default 2**25)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument(
         "--only", nargs="+", choices=list(IMPLEMENTATIONS), help="default: all; include dense, dlm_tune"
@@ -135,6 +134,8 @@ def run_worker(implementation: str, head: str) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace, implementation: str, head_kind: str) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
+    if arguments.max_chunk_logits:
+        lm_head.MAX_CHUNK_LOGITS = arguments.max_chunk_logits
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     head = torch.nn.Linear(arguments.width, arguments.vocab, bias=False, device=device, dtype=dtype)

@@ -40,7 +40,8 @@ def stratified(seed: int, step: int, slots: Tensor, num_slots: int) -> Tensor:
 
     Arguments and result as `uniform`. MDLM (arXiv 2406.07524, section 3.5); its code calls it "antithetic".
     """
-    return (_places(seed, step, slots, num_slots) + uniform(seed, step, slots, num_slots)) / num_slots
+    timesteps = (_places(seed, step, slots, num_slots) + uniform(seed, step, slots, num_slots)) / num_slots
+    return timesteps.clamp(max=1 - 2.0**-53)  # the sum may round up to the end of the last stratum
 
 
 def systematic(seed: int, step: int, slots: Tensor, num_slots: int) -> Tensor:

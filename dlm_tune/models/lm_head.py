@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dlm_tune.models.fused_head import (
@@ -25,7 +26,6 @@ from dlm_tune.models.fused_head import (
     RecomputedScores,
     TokenScores,
     WeightedLoss,
-    compute_dtype,
     score_rows,
 )
 
@@ -98,14 +98,17 @@ def plain_linear(head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Linear 
             return None
         if parameter.device != hidden.device:
             return None
-        if compute_dtype(hidden) == hidden.dtype != parameter.dtype:
+        # without autocast, which leaves float64 alone, `nn.Linear` refuses to mix dtypes
+        is_cast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+        if not is_cast and hidden.dtype != parameter.dtype:
             return None
     return head
 
 
-def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Return logits (N, V) of the hidden states (N, D)."""
-    return head(hidden)
+def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_softcap: float | None = None) -> Tensor:
+    """Return logits (N, V) of the hidden states (N, D), capped as `cap * tanh(logits / cap)` where a cap is given."""
+    logits = head(hidden)
+    return logits if logit_softcap is None else (logits / logit_softcap).tanh() * logit_softcap
 
 
 def _active_module(wrapper: Any) -> Any:
@@ -118,7 +121,7 @@ def _active_module(wrapper: Any) -> Any:
 def _is_altered(module: Any) -> bool:
     """Whether calling the module does more than its class says: hooks, or a `forward` set on the instance."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or "forward" in vars(module) or has_global_hook()
 
 
 def _score_by_calls(

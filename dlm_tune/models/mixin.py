@@ -106,8 +106,9 @@ class DiffusionMixin:
         hidden = self.model(**inputs, **kwargs).last_hidden_state  # type: ignore[attr-defined]
         selected = select_hidden(hidden, selection, first_columns, self.config.logits_shift)  # type: ignore[attr-defined]
         head = self.get_output_embeddings()  # type: ignore[attr-defined]
+        softcap = getattr(self.config, "final_logit_softcapping", None)
         if target_mask is None:
-            return CausalLMOutput(logits=project_positions(head, selected))
+            return CausalLMOutput(logits=project_positions(head, selected, softcap))
         assert target_ids is not None
         loss, token_nll, is_top1 = score_targets(
             head,
@@ -115,7 +116,7 @@ class DiffusionMixin:
             target_ids[target_mask],
             self.config.vocab_size,  # type: ignore[attr-defined]
             token_weights=None if target_weights is None else target_weights[target_mask],
-            logit_softcap=getattr(self.config, "final_logit_softcapping", None),
+            logit_softcap=softcap,
         )
         return MaskedTokenScores(loss=loss, token_nll=token_nll, is_top1=is_top1)
 

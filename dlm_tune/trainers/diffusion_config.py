@@ -11,6 +11,7 @@ from dlm_tune.diffusion import LOSS_WEIGHTINGS, MASKINGS, NOISE_SCHEDULES, NORMA
 
 DEFAULT_NOISE_EPSILON = 1e-3
 DEFAULT_CART_P = 0.3
+DEFAULT_BLOCK_LENGTH = 32
 
 # Arguments of SFTConfig and TrainingArguments that cannot be honoured here, each with the reason and the way out.
 # They are errors as soon as they differ from their default.
@@ -49,8 +50,10 @@ class DiffusionConfig(SFTConfig):
         cart_geometric_p: parameter of `loss_weighting: cart` (default 0.3).
         loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
             nats per target token, LLaDA SFT). Exact under accumulation and over processes.
-        eos_policy: `one` EOS after an answer, `pad_to_block` or `pad_to_max` with learned EOS, or `none`.
-        block_length: with `eos_policy: pad_to_block`, answers are filled with EOS to a multiple of it.
+        eos_policy: `one` EOS, `pad_to_block` or `pad_to_max` with learned EOS, or `none`. By default answers to
+            prompts are filled to a block, and plain text ends with one EOS.
+        block_length: with `eos_policy: pad_to_block`, answers are filled with EOS to a multiple of it (default 32
+            where the policy is chosen by the data).
         packing: several rows in a sequence of `max_length`, best-fit decreasing; they do not see each other, and loss
             and gradient of a global batch do not change. `eval_packing` follows it unless set.
         random_length_probability: share of the rows of plain text that are cut to a random length (LLaDA pretraining:
@@ -101,8 +104,12 @@ class DiffusionConfig(SFTConfig):
         default="tokens",
         metadata={"help": "Nats per target token, over tokens or over rows.", "choices": list(NORMALIZATIONS)},
     )
-    eos_policy: str = field(
-        default="one", metadata={"help": "Learned EOS at the end of answers.", "choices": list(EOS_POLICIES)}
+    eos_policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learned EOS at the end; by default pad_to_block for answers to prompts and one for plain text.",
+            "choices": list(EOS_POLICIES),
+        },
     )
     block_length: int | None = field(
         default=None,
@@ -168,6 +175,8 @@ class DiffusionConfig(SFTConfig):
         for definition in fields(DiffusionConfig):
             choices = definition.metadata.get("choices")
             value = getattr(self, definition.name)
+            if value is None and definition.default is None:
+                continue
             if definition.name in DiffusionConfig.__annotations__ and choices and value not in choices:
                 faults.append(f"{definition.name}={value!r} is unknown: choose one of {', '.join(choices)}.")
         if self.noise_epsilon is not None and not 0 < self.noise_epsilon < 1:
@@ -196,7 +205,7 @@ class DiffusionConfig(SFTConfig):
                 f"noise_epsilon={self.noise_epsilon} has no effect with masking='{self.masking}', which never draws "
                 "an empty mask. Remove it or set masking='bernoulli'."
             )
-        if self.block_length is not None and self.eos_policy != "pad_to_block":
+        if self.block_length is not None and self.eos_policy not in (None, "pad_to_block"):
             faults.append(
                 f"block_length={self.block_length} has no effect with eos_policy='{self.eos_policy}'. Remove it or "
                 "set eos_policy='pad_to_block'."

@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
-from trl.data_utils import is_conversational
 
 from dlm_tune.data import DiffusionCollator, PackedRows, check_raw_rows, check_rows, document_ids, to_sequences
 from dlm_tune.diffusion import NoisyBatch, noise_bank
@@ -27,15 +26,12 @@ from dlm_tune.models import (
     load_model,
     load_tokenizer,
 )
+from dlm_tune.trainers.checks import check_arguments, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
 from dlm_tune.trainers.trl_limits import adapters_on_the_head
-
-
-def _is_prepared(dataset: Any) -> bool:
-    return isinstance(dataset, PackedRows) or {"input_ids", "labels", "row_index"} <= set(dataset.column_names)
 
 
 class DiffusionTrainer(SFTTrainer):
@@ -73,7 +69,7 @@ class DiffusionTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._check_arguments(args, train_dataset, eval_dataset, kwargs)
+        check_arguments(args, train_dataset, eval_dataset, kwargs)
         if isinstance(model, str):
             quantization = kwargs.pop("quantization_config", None)
             model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
@@ -90,7 +86,7 @@ class DiffusionTrainer(SFTTrainer):
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
         train_dataset = self._check_raw(train_dataset, args, "train")
         eval_dataset = self._check_raw(eval_dataset, args, "eval")
-        self._read_first_row(next(iter(train_dataset)), args, processing_class)
+        read_first_row(next(iter(train_dataset)), args, processing_class)
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift
         self.vocab_size: int = embedding_rows(base_model.config)
@@ -121,30 +117,6 @@ class DiffusionTrainer(SFTTrainer):
         self.add_callback(self._timer)
 
     @staticmethod
-    def _check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
-        if not isinstance(args, DiffusionConfig):
-            raise TypeError(f"args is a {type(args).__name__}: pass a dlm_tune.DiffusionConfig.")
-        parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        for name, dataset in [("train", train_dataset), *(("eval", part) for part in parts if part is not None)]:
-            if not isinstance(dataset, Dataset):
-                raise TypeError(
-                    f"{name}_dataset is a {type(dataset).__name__}; noise is keyed by the row's index, so a "
-                    "map-style `datasets.Dataset` is needed. Load it without streaming."
-                )
-        if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
-            raise ValueError(
-                "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
-                "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
-            )
-        if kwargs.get("data_collator") and (args.packing or args.eval_packing):
-            raise ValueError("data_collator cannot be given with packing: its layout is made by DiffusionCollator.")
-        if kwargs.get("formatting_func"):
-            raise ValueError(
-                "formatting_func would be ignored on some data sets (TRL keeps `messages`). Map the rows before: "
-                "train_dataset = train_dataset.map(lambda row: {'text': ...}, remove_columns=...)."
-            )
-
-    @staticmethod
     def _make_collator(tokenizer: PreTrainedTokenizerBase, args: DiffusionConfig) -> DiffusionCollator:
         return DiffusionCollator(
             pad_token_id=tokenizer.pad_token_id,
@@ -158,28 +130,12 @@ class DiffusionTrainer(SFTTrainer):
 
     # Data
 
-    @staticmethod
-    def _read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Decides `assistant_only_loss`, and refuses conversations that no template can render."""
-        if is_conversational(row) and not tokenizer.chat_template and not args.chat_template_path:
-            raise ValueError(
-                "the rows are conversations, but the tokenizer has no chat template. Load it with "
-                "dlm_tune.load_tokenizer, or set chat_template_path (a .jinja file)."
-            )
-        if args.random_length_probability and ("prompt" in row or is_conversational(row)):
-            raise ValueError(
-                f"random_length_probability={args.random_length_probability} has no effect on prompts with answers: "
-                "it shortens rows of plain text only. Remove it."
-            )
-        if args.assistant_only_loss is None:
-            args.assistant_only_loss = is_conversational(row) and "prompt" not in row
-
     @classmethod
     def _check_raw(cls, dataset: Any, args: DiffusionConfig, name: str) -> Any:
         """`check_raw_rows` on a data set, or on each of a dict; what is prepared already, or None, stays as it is."""
         if isinstance(dataset, dict):
             return {part: cls._check_raw(rows, args, part) for part, rows in dataset.items()}
-        if dataset is None or _is_prepared(dataset):
+        if dataset is None or is_prepared(dataset):
             return dataset
         with args.main_process_first(desc=f"checking the {name} rows"):
             return check_raw_rows(dataset, args.invalid_rows, name, text_field=args.dataset_text_field)
@@ -194,7 +150,8 @@ class DiffusionTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Dataset | PackedRows:
         """TRL's tokenisation without its silent truncation, the checks of `check_rows`, and packing."""
-        if _is_prepared(dataset):
+        if is_prepared(dataset):
+            check_row_index(dataset, dataset_name)
             return self._pack(dataset, processing_class, args) if packing else dataset
         uncut = copy.copy(args)
         uncut.max_length = None
@@ -261,6 +218,7 @@ class DiffusionTrainer(SFTTrainer):
             step=step,
             epoch=epoch,
             mask_token_id=self.mask_token_id,
+            first_target_position=1 if self.logits_shift else 0,
             rank=accelerator.process_index,
             gather=accelerator.gather if accelerator.num_processes > 1 else None,
         )

@@ -32,6 +32,7 @@ def corrupt_step(
     step: int,
     epoch: int,
     mask_token_id: int,
+    first_target_position: int = 0,
     rank: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -47,6 +48,7 @@ def corrupt_step(
         step: optimiser step.
         epoch: number of the pass over the data; gives fresh masks in every epoch.
         mask_token_id: id of the mask token.
+        first_target_position: 1 if the model's logits are shifted: a first token is never a target then.
         rank: this process.
         gather: stacks a tensor of every process along dimension 0; None for a single process.
 
@@ -54,7 +56,7 @@ def corrupt_step(
         Scalar float64, attended tokens of the step over all processes.
     """
     for batch in batches:
-        _shorten_rows(batch, args, epoch)
+        _shorten_rows(batch, args, epoch, first_target_position)
     counts = _count(batches, args, gather)
     rows = counts[:, :, _ROWS].long().T.cpu()  # (microbatches, processes)
     first_slots = (rows.flatten().cumsum(0) - rows.flatten()).view_as(rows)[:, rank].tolist()
@@ -102,7 +104,7 @@ def noise_schedule(args: DiffusionConfig) -> NoiseSchedule:
     return NOISE_SCHEDULES[args.noise_schedule]
 
 
-def _shorten_rows(batch: dict[str, Any], args: DiffusionConfig, epoch: int) -> None:
+def _shorten_rows(batch: dict[str, Any], args: DiffusionConfig, epoch: int, first_target_position: int) -> None:
     """Cut rows of plain text to a random length with `random_length_probability`; others stay whole."""
     if not args.random_length_probability:
         return
@@ -110,8 +112,7 @@ def _shorten_rows(batch: dict[str, Any], args: DiffusionConfig, epoch: int) -> N
     num_context = (attention_mask.bool() & ~batch["target_mask"]).sum(dim=1)
     lengths = attention_mask.sum(dim=1)
     cut = random_lengths(args.noise_seed, epoch, batch["row_index"], lengths, args.random_length_probability)
-    # with shifted logits the first token of a plain row is not a target
-    cut = torch.where(num_context <= 1, cut, lengths)
+    cut = torch.where(num_context <= first_target_position, cut, lengths)
     is_kept = attention_mask.cumsum(dim=1) <= cut[:, None]
     batch["attention_mask"] = attention_mask * is_kept
     batch["target_mask"] = batch["target_mask"] & is_kept

@@ -375,3 +375,18 @@ def test_quantised_head_is_called() -> None:
     torch.testing.assert_close(loss, expected)
     gradient, reference = (torch.autograd.grad(value, hidden)[0] for value in (loss, expected))
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_weight_gradients_are_summed_in_float32() -> None:
+    """Hundreds of chunks of one row: a bfloat16 sum stops growing once a term is 1/256 of it."""
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3, bias=False, dtype=torch.bfloat16)
+    hidden = torch.ones(2000, 4, dtype=torch.bfloat16)
+    targets = torch.zeros(2000, dtype=torch.long)
+    loss, _, _ = score_targets(head, hidden, targets, 3, token_weights=torch.ones(2000), max_chunk_logits=3)
+    assert loss is not None
+    loss.backward()
+    probabilities = head(hidden[:1]).float().softmax(-1)[0]
+    expected = 2000 * (probabilities - torch.tensor([1.0, 0.0, 0.0]))[:, None].expand(3, 4)
+    assert head.weight.grad is not None
+    torch.testing.assert_close(head.weight.grad.float(), expected, rtol=0.02, atol=1.0)

@@ -300,3 +300,19 @@ def test_prompt_learning_adapter_is_refused() -> None:
             target_ids=tokens,
             target_mask=tokens > 0,
         )
+
+
+@all_models
+def test_softcap_is_in_the_logits_and_in_the_scores(build: Any) -> None:
+    """Whatever mode is asked for, capped logits decide."""
+    model = build().double()
+    tokens, selection = torch.arange(20, 28)[None], torch.zeros(1, 8, dtype=torch.bool)
+    selection[0, [2, 5, 6]] = True
+    plain = model(input_ids=tokens, position_mask=selection).logits
+    model.config.final_logit_softcapping = 0.7
+    capped = 0.7 * (plain / 0.7).tanh()
+    torch.testing.assert_close(model(input_ids=tokens, position_mask=selection).logits, capped)
+    expected = F.cross_entropy(capped, tokens[selection], reduction="none")
+    for weights in (None, torch.ones(1, 8)):
+        scores = model(input_ids=tokens, target_ids=tokens, target_mask=selection, target_weights=weights)
+        torch.testing.assert_close(scores.token_nll, expected)

@@ -53,7 +53,7 @@ def config(**arguments):
         ({"overlong_rows": "cut"}, "overlong_rows='cut' is unknown"),
         ({"noise_epsilon": 1e-3}, "noise_epsilon=0.001 has no effect with masking='exact_count'"),
         ({"noise_epsilon": 2.0, "masking": "bernoulli"}, "noise_epsilon=2.0 must lie between 0 and 1"),
-        ({"block_length": 32}, "block_length=32 has no effect with eos_policy='one'"),
+        ({"block_length": 32, "eos_policy": "one"}, "block_length=32 has no effect with eos_policy='one'"),
         ({"eos_policy": "pad_to_block"}, "eos_policy='pad_to_block' needs block_length"),
         ({"eos_policy": "pad_to_block", "block_length": 0}, "block_length=0 must be at least 1"),
         ({"eval_noise_samples": 0}, "eval_noise_samples=0 must be at least 1"),
@@ -68,7 +68,7 @@ def test_what_cannot_be_honoured_is_refused(arguments, words):
 
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ValueError, match="3 problems in DiffusionConfig"):
-        config(padding_free=True, masking="half", block_length=8)
+        config(padding_free=True, masking="half", block_length=8, eos_policy="none")
 
 
 def test_defaults():

@@ -32,6 +32,7 @@ def make_trainer(tmp_path, model=None, rows=PAIRS, eval_rows=None, callbacks=Non
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,
+        "eos_policy": "one",
     }
     return DiffusionTrainer(
         model=model or tiny_llada(),
@@ -405,3 +406,34 @@ def test_formatting_functions_are_refused(tmp_path):
             processing_class=tiny_tokenizer(),
             formatting_func=str,
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "policy", "block_length"),
+    [
+        (PAIRS, "pad_to_block", 32),
+        ([{"text": "plain text"}] * 8, "one", None),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8,
+            "pad_to_block",
+            32,
+        ),
+        ([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}] * 8, "pad_to_block", 32),
+        ([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 8, "one", None),
+        ([{"input_ids": [5, 6, 7]}] * 8, "one", None),
+    ],
+)
+def test_answers_are_filled_to_a_block_and_plain_text_is_not(tmp_path, rows, policy, block_length):
+    """With one EOS, the canvas of an answer would tell its length."""
+    trainer = make_trainer(tmp_path, rows=rows, eos_policy=None)
+    assert (trainer.args.eos_policy, trainer.args.block_length) == (policy, block_length)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    if policy == "pad_to_block":
+        assert int(batch["target_mask"].sum()) == 32
+
+
+def test_block_length_of_plain_text_needs_its_policy(tmp_path):
+    with pytest.raises(ValueError, match="block_length=8 has no effect on plain text"):
+        make_trainer(tmp_path, rows=[{"text": "plain text"}] * 8, eos_policy=None, block_length=8)
+    trainer = make_trainer(tmp_path, eos_policy=None, block_length=8)
+    assert (trainer.args.eos_policy, trainer.args.block_length) == ("pad_to_block", 8)

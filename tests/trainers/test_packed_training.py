@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from dlm_tune.data import PackedRows
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
@@ -109,7 +109,13 @@ def test_a_packed_run_trains_saves_and_counts(tmp_path):
 
 def packed_trainer(tmp_path, model=None, dataset=None, **arguments):
     config = DiffusionConfig(
-        output_dir=str(tmp_path), packing=True, max_length=48, use_cpu=True, bf16=False, report_to="none"
+        output_dir=str(tmp_path),
+        packing=True,
+        max_length=48,
+        eos_policy="one",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
     )
     return DiffusionTrainer(
         model=model or tiny_llada(),
@@ -156,3 +162,9 @@ def test_only_the_nelbo_weighting_is_the_bound(tmp_path):
     for weighting in ("uniform", "cart"):
         assert logs[weighting]["nelbo"] == pytest.approx(logs["nelbo"]["nelbo"], rel=1e-5)
         assert logs[weighting]["loss"] < 0.9 * logs[weighting]["nelbo"]
+
+
+def test_prepared_rows_that_repeat_an_index_are_refused(tmp_path):
+    rows = packed_trainer(tmp_path).train_dataset.rows
+    with pytest.raises(ValueError, match="the prepared train rows repeat a row_index"):
+        packed_trainer(tmp_path, dataset=concatenate_datasets([rows, rows]))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlm_tune.data import DiffusionCollator
@@ -72,6 +72,7 @@ def cut(rows, sizes):
 
 
 @settings(max_examples=60, deadline=None)
+@example([(1, 2)] * 8, set(), [2], 2, False, "tokens", "exact_count", "nelbo")  # two processes of two microbatches
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=14),
     dropped=st.sets(st.integers(0, 13)),
@@ -117,15 +118,17 @@ def test_a_ragged_step_still_has_one_row_in_each_stratum():
     assert sorted(int(timestep * 5) for _, timestep, _ in seen.values()) == [0, 1, 2, 3, 4]
 
 
-def step_of(rows, **arguments):
+def step_of(rows, first_target_position=0, **arguments):
     batch = DiffusionCollator(pad_token_id=PAD, eos_token_id=EOS)(rows)
-    num_tokens = corrupt_step([batch], config(**arguments), step=0, epoch=0, mask_token_id=MASK)
+    num_tokens = corrupt_step(
+        [batch], config(**arguments), step=0, epoch=0, mask_token_id=MASK, first_target_position=first_target_position
+    )
     return batch, int(num_tokens)
 
 
 def test_plain_rows_are_shortened_and_answers_are_not():
     rows = [make_row(0, 0, 30), make_row(1, 5, 30), make_row(2, 1, 30)]  # the third as with shifted logits
-    batch, num_tokens = step_of(rows, random_length_probability=1.0)
+    batch, num_tokens = step_of(rows, first_target_position=1, random_length_probability=1.0)
     lengths = batch["attention_mask"].sum(1).tolist()
     assert lengths[1] == 36
     assert lengths[0] < 31
@@ -137,6 +140,11 @@ def test_plain_rows_are_shortened_and_answers_are_not():
     noisy, left = batch["noisy"], int(batch["target_mask"].sum())
     row_weight = float(noisy.weights[1]) / left
     assert float(batch["loss_weights"][1].max()) == pytest.approx(row_weight, rel=1e-6)
+
+
+def test_a_prompt_of_one_token_is_a_prompt_where_logits_are_not_shifted():
+    batch, _ = step_of([make_row(2, 1, 30)], random_length_probability=1.0)
+    assert batch["attention_mask"].sum() == 32
 
 
 def test_without_the_key_no_row_is_shortened():
@@ -171,3 +179,37 @@ def test_the_power_of_the_polynomial_schedule_is_used():
     t = torch.tensor([0.5], dtype=torch.float64)
     assert float(noise_schedule(config(noise_schedule="polynomial", noise_schedule_power=3.0)).alpha(t)) == 1 - 0.125
     assert noise_schedule(config(noise_schedule="polynomial")) == NOISE_SCHEDULES["polynomial"]
+
+
+# Each argument of the noise reaches it
+
+TWELVE = [make_row(index, 2, 12) for index in range(6)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_the_schedule_decides_the_noise(schedule):
+    batch, _ = step_of(TWELVE, noise_schedule=schedule, masking="bernoulli")
+    noisy = batch["noisy"]
+    torch.testing.assert_close(noisy.weights, NOISE_SCHEDULES[schedule].weight(noisy.timesteps))
+
+
+def test_noise_epsilon_is_the_smallest_timestep():
+    near, far = (step_of(TWELVE, masking="bernoulli", noise_epsilon=eps)[0]["noisy"].timesteps for eps in (1e-3, 0.5))
+    torch.testing.assert_close(far, 0.5 + 0.5 * (near - 1e-3) / (1 - 1e-3))
+
+
+def test_the_parameter_of_cart_is_used():
+    weights = [step_of(TWELVE, loss_weighting="cart", cart_geometric_p=p)[0]["loss_weights"] for p in (0.3, 0.9)]
+    default = step_of(TWELVE, loss_weighting="cart")[0]["loss_weights"]
+    assert torch.equal(weights[0], default)
+    assert not torch.allclose(weights[1], default)
+
+
+def test_left_padding_moves_no_mask():
+    masks = []
+    for side in ("right", "left"):
+        rows = [make_row(index, 2, 3 + index) for index in range(6)]
+        batch = DiffusionCollator(pad_token_id=PAD, eos_token_id=EOS, padding_side=side)(rows)
+        corrupt_step([batch], config(), step=0, epoch=0, mask_token_id=MASK)
+        masks.append(batch["noisy"].masked[batch["attention_mask"].bool()])
+    assert torch.equal(*masks)

@@ -41,6 +41,7 @@ def main() -> None:
         per_device_eval_batch_size=2,
         learning_rate=1e-2,
         max_steps=5,
+        eos_policy="one",
         packing=packing,
         max_length=32,
         bf16=False,

@@ -1,0 +1,82 @@
+"""What `DiffusionTrainer` refuses before it starts."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+from dlm_tune.data import PackedRows
+from dlm_tune.trainers.diffusion_config import DEFAULT_BLOCK_LENGTH, DiffusionConfig
+
+
+def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of the trainer that it could not honour."""
+    if not isinstance(args, DiffusionConfig):
+        raise TypeError(f"args is a {type(args).__name__}: pass a dlm_tune.DiffusionConfig.")
+    parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for name, dataset in [("train", train_dataset), *(("eval", part) for part in parts if part is not None)]:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"{name}_dataset is a {type(dataset).__name__}; noise is keyed by the row's index, so a "
+                "map-style `datasets.Dataset` is needed. Load it without streaming."
+            )
+    if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
+        raise ValueError(
+            "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
+            "the loss is theirs too. Subclass DiffusionTrainer and override compute_loss instead."
+        )
+    if kwargs.get("data_collator") and (args.packing or args.eval_packing):
+        raise ValueError("data_collator cannot be given with packing: its layout is made by DiffusionCollator.")
+    if kwargs.get("formatting_func"):
+        raise ValueError(
+            "formatting_func would be ignored on some data sets (TRL keeps `messages`). Map the rows before: "
+            "train_dataset = train_dataset.map(lambda row: {'text': ...}, remove_columns=...)."
+        )
+
+
+def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Decides `assistant_only_loss` and `eos_policy` by the data, and refuses what does not fit them."""
+    if is_conversational(row) and not tokenizer.chat_template and not args.chat_template_path:
+        raise ValueError(
+            "the rows are conversations, but the tokenizer has no chat template. Load it with "
+            "dlm_tune.load_tokenizer, or set chat_template_path (a .jinja file)."
+        )
+    if args.random_length_probability and ("prompt" in row or is_conversational(row)):
+        raise ValueError(
+            f"random_length_probability={args.random_length_probability} has no effect on prompts with answers: "
+            "it shortens rows of plain text only. Remove it."
+        )
+    if args.assistant_only_loss is None:
+        args.assistant_only_loss = is_conversational(row) and "prompt" not in row
+    if args.eos_policy is None:
+        _choose_eos_policy(row, args)
+
+
+def _choose_eos_policy(row: dict[str, Any], args: DiffusionConfig) -> None:
+    """Fill answers up to a block: with one EOS only, the number of masks would tell the model the answer's length."""
+    has_context = -100 in row["labels"][1:] if "labels" in row else "completion_mask" in row
+    if "prompt" in row or is_conversational(row) or has_context:
+        args.eos_policy, args.block_length = "pad_to_block", args.block_length or DEFAULT_BLOCK_LENGTH
+    elif args.block_length is not None:
+        raise ValueError(
+            f"block_length={args.block_length} has no effect on plain text, whose rows end with one EOS. Remove it, "
+            "or set eos_policy='pad_to_block'."
+        )
+    else:
+        args.eos_policy = "one"
+
+
+def is_prepared(dataset: Any) -> bool:
+    """Whether the rows come from a trainer: tokenised, checked and numbered."""
+    return isinstance(dataset, PackedRows) or {"input_ids", "labels", "row_index"} <= set(dataset.column_names)
+
+
+def check_row_index(dataset: Any, name: str) -> None:
+    """Refuse prepared rows that share an index."""
+    rows = dataset.rows if isinstance(dataset, PackedRows) else dataset
+    if len(set(rows["row_index"])) < len(rows):
+        raise ValueError(
+            f"the prepared {name} rows repeat a row_index, which keys a row's noise and what an evaluation "
+            "counts. Number them anew: remove_columns('row_index').add_column('row_index', range(len(dataset)))."
+        )
