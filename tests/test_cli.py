@@ -33,7 +33,7 @@ def workspace(tmp_path_factory):
         f"model_name_or_path: {folder}/model\ndataset_name: {folder}/pairs\noutput_dir: {folder}/run\n"
         "use_peft: true\nlora_r: 4\nmax_steps: 2\nper_device_train_batch_size: 4\nmax_length: 64\n"
         "gradient_checkpointing: false\nsave_strategy: steps\nsave_steps: 1\nlogging_steps: 1\nlearning_rate: 1e-3\n"
-        "use_cpu: true\neos_policy: pad_to_block\nblock_length: 8\n"
+        "use_cpu: true\neos_policy: pad_to_block\nblock_length: 8\nnoise_schedule: linear\n"
     )
     (folder / "recipe.yaml").write_text(recipe)
     return folder

@@ -315,7 +315,7 @@ def test_eval_and_inspect_take_a_training_recipe_but_no_idle_flags(tmp_path):
 
 def test_faults_of_the_objects_come_together(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("model_name_or_path: m\noutput_dir: o\nuse_cpu: true\nblock_length: 8\n")
+    path.write_text("model_name_or_path: m\noutput_dir: o\nuse_cpu: true\neos_policy: one\nblock_length: 8\n")
     with pytest.raises(RecipeError) as error:
         read_arguments("sft", ["--config", str(path)]).build()
     assert "no training data" in str(error.value)

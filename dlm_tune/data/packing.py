@@ -116,7 +116,9 @@ class PackedRows(Dataset):
                 "row at least; pass collator.row_lengths(rows)."
             )
         self.rows = rows
-        self.plan = plan_packing(lengths, max_length)
+        # equal lengths meet in the order of their index, where repeated rows of a mixture would share a sequence
+        order = np.random.default_rng(0).permutation(len(lengths))
+        self.plan = [np.sort(order[part]) for part in plan_packing(lengths[order], max_length)]
         self.max_rows = max(map(len, self.plan))
         self.efficiency = float(lengths.sum()) / (len(self.plan) * max_length)
 

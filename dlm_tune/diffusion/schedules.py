@@ -129,5 +129,5 @@ NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
     "cosine_mdlm": COSINE_MDLM,
     "cosine_squared_mdlm": COSINE_SQUARED_MDLM,
     "geometric": geometric(),
-    "polynomial": polynomial(2.0),
+    "polynomial": polynomial(1.25),
 }

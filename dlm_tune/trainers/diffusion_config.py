@@ -40,7 +40,7 @@ class DiffusionConfig(SFTConfig):
 
     Attributes:
         noise_schedule: `alpha(t)`, a name in `NOISE_SCHEDULES`. The bound does not depend on it, its variance does.
-        noise_schedule_power: `k` of `noise_schedule: polynomial`, `alpha = 1 - t**k` (default 2).
+        noise_schedule_power: `k` of `noise_schedule: polynomial`, `alpha = 1 - t**k` (default 1.25).
         noise_epsilon: smallest `t` with `masking: bernoulli` (LLaDA's `eps`, default 1e-3).
         timestep_sampling: how the timesteps of a global batch depend on each other, a name in `TIMESTEP_SAMPLERS`; all
             are unbiased.
@@ -74,10 +74,11 @@ class DiffusionConfig(SFTConfig):
     """
 
     noise_schedule: str = field(
-        default="linear", metadata={"help": "Noise schedule alpha(t).", "choices": NOISE_SCHEDULES}
+        default="polynomial", metadata={"help": "Noise schedule alpha(t).", "choices": NOISE_SCHEDULES}
     )
     noise_schedule_power: float | None = field(
-        default=None, metadata={"help": "Power k of `noise_schedule: polynomial` only, alpha = 1 - t**k (default 2)."}
+        default=None,
+        metadata={"help": "Power k of `noise_schedule: polynomial` only, alpha = 1 - t**k (default 1.25)."},
     )
     noise_epsilon: float | None = field(
         default=None, metadata={"help": "Smallest timestep, with `masking: bernoulli` only (default 1e-3)."}

@@ -64,9 +64,10 @@ def test_expected_masked_is_the_mean_over_noise(tmp_path, name, masking):
 
 def test_expected_masked_of_the_linear_schedule_in_closed_form(tmp_path):
     sizes = torch.tensor([1, 5, 100, 5])
-    config = DiffusionConfig(str(tmp_path), use_cpu=True, bf16=False)
+    config = DiffusionConfig(str(tmp_path), noise_schedule="linear", use_cpu=True, bf16=False)
     assert expected_masked(sizes, config).tolist() == pytest.approx([1, 3, 50.5, 3], rel=1e-3)
-    config = DiffusionConfig(str(tmp_path), masking="bernoulli", noise_epsilon=0.2, use_cpu=True, bf16=False)
+    settings = {"noise_schedule": "linear", "masking": "bernoulli", "noise_epsilon": 0.2}
+    config = DiffusionConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
     assert expected_masked(sizes, config).tolist() == pytest.approx([0.6, 3, 60, 3], rel=1e-9)
 
 

@@ -43,6 +43,8 @@ def workspace(tmp_path, **settings):
         "max_length": 64,
         "use_cpu": "true",
         "save_strategy": '"no"',
+        "eos_policy": "one",
+        "noise_schedule": "linear",
         **settings,
     }
     (tmp_path / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))

@@ -19,6 +19,7 @@ def batch_of(rows, tmp_path, family="llada", **options):
     """Return the tokenizer and the training batch of `rows`, through the real trainer and TRL's preparation."""
     tokenizer = tiny_tokenizer(family)
     model = {"llada": tiny_llada, "Dream": tiny_dream}[family]()
+    options = {"eos_policy": "one"} | options
     args = DiffusionConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False, **options)
     dataset = check_raw_rows(Dataset.from_list(rows), "error", "train")
     trainer = DiffusionTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)

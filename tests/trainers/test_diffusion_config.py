@@ -30,7 +30,10 @@ def config(**arguments):
         ({"loss_weighting": "snr"}, "loss_weighting='snr' is unknown: choose one of nelbo, uniform, cart"),
         ({"cart_geometric_p": 0.3}, "cart_geometric_p=0.3 has no effect with loss_weighting='nelbo'"),
         ({"cart_geometric_p": 1.0, "loss_weighting": "cart"}, "cart_geometric_p=1.0 must lie between 0 and 1"),
-        ({"noise_schedule_power": 2.0}, "noise_schedule_power=2.0 has no effect with noise_schedule='linear'"),
+        (
+            {"noise_schedule_power": 2.0, "noise_schedule": "linear"},
+            "noise_schedule_power=2.0 has no effect with noise_schedule='linear'",
+        ),
         ({"noise_schedule_power": 0.0, "noise_schedule": "polynomial"}, "noise_schedule_power=0.0 must be above 0"),
         (
             {"noise_schedule_power": math.nan, "noise_schedule": "polynomial"},

@@ -90,7 +90,8 @@ def test_gradients_do_not_depend_on_the_cut_into_microbatches(tmp_path, normaliz
 def test_loss_of_a_step_equals_the_formula_on_dense_logits(tmp_path, normalization, make_model):
     """LLaDA eq. 6 written out over the full logits, with the noise drawn again from its keys."""
     model = make_model().double()
-    trainer = make_trainer(tmp_path, model, loss_normalization=normalization, noise_seed=5, learning_rate=0.0)
+    settings = {"noise_schedule": "linear", "noise_seed": 5, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, model, loss_normalization=normalization, **settings)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
 
