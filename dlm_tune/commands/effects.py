@@ -171,7 +171,7 @@ def _flags_not_read(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list[
         return []
     read = _READ_BY[verb] | (_ESTIMATE_KEYS if recipe.get("estimate") else set())
     return [
-        f"--{name}: has no effect in `dlm-tune {verb}`, which trains nothing. Remove it."
+        f"--{name}: has no effect in `dlm-tune {verb}`, which does not read it. Remove it."
         for name, setting in recipe.settings.items()
         if setting.is_flag
         and (keys[name].owner.__name__ == "RunArguments" or keys[name].owner.__name__ == "DiffusionConfig")

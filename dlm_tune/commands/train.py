@@ -78,6 +78,14 @@ def build_trainer(
             ],
             recipe.title,
         )
+    if eval_dataset is None and config.eval_packing is not None:
+        raise RecipeError(
+            [
+                f"eval_packing = {config.eval_packing} has no effect without evaluation data. Remove it, or set "
+                "eval_dataset_name."
+            ],
+            recipe.title,
+        )
     is_quantised = model_arguments.load_in_4bit or model_arguments.load_in_8bit
     # bitsandbytes places weights while loading: each process on its own device
     device_map = {"": config.device} if is_quantised and not config.use_cpu else None

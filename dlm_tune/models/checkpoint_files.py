@@ -41,10 +41,11 @@ def checkpoint_directory(path_or_repo: str | Path, revision: str | None = None, 
         ignored = ["*/*"] if with_weights else ["*/*", "*.safetensors"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
             f"model {name!r} is not a local directory and could not be fetched from the Hub"
-            f"{f' at revision {revision!r}' if revision else ''}: {str(error).splitlines()[0]} Check the name, the "
-            "connection (HF_HUB_OFFLINE must be unset to download) and, for gated models, `hf auth login`"
+            f"{f' at revision {revision!r}' if revision else ''}: {reason}. Check the name, the connection "
+            "(HF_HUB_OFFLINE must be unset to download) and, for gated models, `hf auth login`"
         ) from error
 
 

@@ -74,7 +74,11 @@ class DiffusionConfig(SFTConfig):
     """
 
     noise_schedule: str = field(
-        default="polynomial", metadata={"help": "Noise schedule alpha(t).", "choices": NOISE_SCHEDULES}
+        default="polynomial",
+        metadata={
+            "help": "Noise schedule alpha(t); polynomial takes noise_schedule_power.",
+            "choices": NOISE_SCHEDULES,
+        },
     )
     noise_schedule_power: float | None = field(
         default=None,

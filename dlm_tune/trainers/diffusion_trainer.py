@@ -5,6 +5,7 @@ conversations only their answers. Prompts are never masked.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,8 @@ from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
 from dlm_tune.trainers.trl_limits import adapters_on_the_head
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionTrainer(SFTTrainer):
@@ -173,7 +176,14 @@ class DiffusionTrainer(SFTTrainer):
     def _pack(cls, dataset: Any, processing_class: Any, args: DiffusionConfig) -> PackedRows:
         if isinstance(dataset, PackedRows):
             return dataset
-        return PackedRows(dataset, cls._make_collator(processing_class, args).row_lengths(dataset), args.max_length)
+        packed = PackedRows(dataset, cls._make_collator(processing_class, args).row_lengths(dataset), args.max_length)
+        if len(packed) > 0.75 * len(dataset):
+            logger.warning(
+                "packing: %.2f rows a sequence saves little. Raise max_length=%d to several times the typical row.",
+                len(dataset) / len(packed),
+                args.max_length,
+            )
+        return packed
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row_index", "rows"]
