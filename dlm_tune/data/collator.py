@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 
 from dlm_tune.data.arguments import EOS_POLICIES, check_choice
+from dlm_tune.data.rows import IGNORED_LABEL
 
-_IGNORED_LABEL = -100
 _BATCH_SIZE = 10_000
 
 
@@ -158,7 +158,7 @@ class DiffusionCollator:
         ids[in_row] = input_ids
         ids[in_eos] = self.eos_token_id
         is_target = in_eos.copy()
-        is_target[in_row] = labels != _IGNORED_LABEL
+        is_target[in_row] = labels != IGNORED_LABEL
         batch = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy((in_row | in_eos).astype(np.int64)),
@@ -179,7 +179,7 @@ class DiffusionCollator:
         if self.eos_policy == "none":
             return nothing, nothing
         ends = np.cumsum(lengths)
-        is_target = labels != _IGNORED_LABEL
+        is_target = labels != IGNORED_LABEL
         is_end = np.isin(input_ids, self._terminal_ids) & is_target
         last, before_last = ends - 1, np.maximum(ends - 2, 0)
         is_open = (lengths > 0) & is_target[last]

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 from dlm_tune.data import PackedRows
+from dlm_tune.data.rows import IGNORED_LABEL
 from dlm_tune.trainers.diffusion_config import DEFAULT_BLOCK_LENGTH, DiffusionConfig
 
 
@@ -55,7 +56,7 @@ def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTra
 
 def _choose_eos_policy(row: dict[str, Any], args: DiffusionConfig) -> None:
     """Fill answers up to a block: with one EOS only, the number of masks would tell the model the answer's length."""
-    has_context = -100 in row["labels"][1:] if "labels" in row else "completion_mask" in row
+    has_context = IGNORED_LABEL in row["labels"][1:] if "labels" in row else "completion_mask" in row
     if "prompt" in row or is_conversational(row) or has_context:
         args.eos_policy, args.block_length = "pad_to_block", args.block_length or DEFAULT_BLOCK_LENGTH
     elif args.block_length is not None:
@@ -75,7 +76,7 @@ def is_prepared(dataset: Any) -> bool:
 def check_row_index(dataset: Any, name: str) -> None:
     """Refuse prepared rows that share an index."""
     rows = dataset.rows if isinstance(dataset, PackedRows) else dataset
-    if len(set(rows["row_index"])) < len(rows):
+    if len(rows.unique("row_index")) < len(rows):
         raise ValueError(
             f"the prepared {name} rows repeat a row_index, which keys a row's noise and what an evaluation "
             "counts. Number them anew: remove_columns('row_index').add_column('row_index', range(len(dataset)))."
