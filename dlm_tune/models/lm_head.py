@@ -107,7 +107,10 @@ def plain_linear(head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Linear 
 
 def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_softcap: float | None = None) -> Tensor:
     """Return logits (N, V) of the hidden states (N, D), capped as `cap * tanh(logits / cap)` where a cap is given."""
-    logits = head(hidden)
+    return _capped(head(hidden), logit_softcap)
+
+
+def _capped(logits: Tensor, logit_softcap: float | None) -> Tensor:
     return logits if logit_softcap is None else (logits / logit_softcap).tanh() * logit_softcap
 
 
@@ -151,9 +154,7 @@ def _score_chunk(
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if logit_softcap is not None:
-            scores = (scores / logit_softcap).tanh() * logit_softcap
+        scores = _capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), logit_softcap)
         nll = F.cross_entropy(scores, target_ids, reduction="none")
     return nll, scores.detach().argmax(dim=-1) == target_ids
 
