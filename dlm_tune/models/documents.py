@@ -34,6 +34,7 @@ def document_attention(document_ids: Tensor, model: Any) -> tuple[Any, dict[str,
     Raises:
         ValueError: the model uses another attention implementation.
     """
+    check_packed_attention(model)
     implementation = model.config._attn_implementation
     is_causal = getattr(model.config, "is_causal", True)  # transformers' default
     if implementation in ("sdpa", "eager"):
@@ -41,10 +42,7 @@ def document_attention(document_ids: Tensor, model: Any) -> tuple[Any, dict[str,
         return (mask.tril() if is_causal else mask), {}
     if implementation == "flex_attention":
         return _block_mask(document_ids, is_causal), {}
-    if implementation in FLASH_ATTENTION:
-        return None, _variable_lengths(document_ids)
-    check_packed_attention(model)
-    raise AssertionError(f"{implementation} is in PACKED_ATTENTION but not handled")
+    return None, _variable_lengths(document_ids)
 
 
 def check_packed_attention(model: Any) -> None:
