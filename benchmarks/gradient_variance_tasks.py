@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from dlm_tune import load_model, load_tokenizer
-from dlm_tune.diffusion import TIMESTEP_SAMPLERS, NoiseStream, corrupt, counter_uniform, noise_bank
+from dlm_tune.diffusion import TIMESTEP_SAMPLERS, NoiseStream, NoisyBatch, corrupt, counter_uniform, noise_bank
 from dlm_tune.diffusion.schedules import LINEAR, NoiseSchedule, polynomial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,13 +124,18 @@ def batch_loss(model: Any, rows: Rows, estimator: Estimator, seed: int, step: in
         masking=estimator.masking,
         mask_token_id=model.config.mask_token_id,
     )
-    scores = model(
+    weights = noisy.weights[noisy.masked_rows].float()
+    return (masked_nll(model, rows, noisy) * weights).sum() / rows.target_mask.sum()
+
+
+def masked_nll(model: Any, rows: Rows, noisy: NoisyBatch) -> Tensor:
+    """Return the (N,) cross-entropy of the masked tokens of `rows` in nats."""
+    return model(
         input_ids=noisy.noisy_input_ids,
         attention_mask=rows.attention_mask,
         target_ids=rows.input_ids,
         target_mask=noisy.masked,
-    )
-    return (scores.token_nll * noisy.weights[noisy.masked_rows].float()).sum() / rows.target_mask.sum()
+    ).token_nll
 
 
 def row_gradients(model: Any) -> Callable[[Rows, Tensor], tuple[Tensor, Tensor]]:
@@ -185,13 +190,7 @@ def held_out_nelbo(model: Any, rows: Rows, num_samples: int = 16) -> float:
         num_samples=num_samples,
         mask_token_id=model.config.mask_token_id,
     ):
-        scores = model(
-            input_ids=noisy.noisy_input_ids,
-            attention_mask=rows.attention_mask,
-            target_ids=rows.input_ids,
-            target_mask=noisy.masked,
-        )
-        nats += float((scores.token_nll * noisy.weights[noisy.masked_rows]).sum())
+        nats += float((masked_nll(model, rows, noisy) * noisy.weights[noisy.masked_rows]).sum())
     return nats / num_samples / float(rows.target_mask.sum())
 
 
