@@ -16,9 +16,8 @@ from trl import ModelConfig
 from dlm_tune.commands.checkpoint import find_base
 from dlm_tune.commands.console import say
 from dlm_tune.commands.dry_run import leave_nothing_behind
-from dlm_tune.data import load_datasets
-from dlm_tune.diffusion import count_items
-from dlm_tune.models import LLaDAConfig, LLaDAModelLM, load_tokenizer
+from dlm_tune.data import load_datasets, load_unpaired
+from dlm_tune.models import LLaDAConfig, LLaDAModelLM, guidance_keep_token_ids, load_tokenizer
 from dlm_tune.models.checkpoint_files import checkpoint_directory
 from dlm_tune.models.loading import load_config
 from dlm_tune.recipe import Recipe
@@ -28,6 +27,12 @@ from dlm_tune.trainers.statistics import BUCKET_NAMES, NUM_BUCKETS
 # kind of token -> (before, after, ANSI colour, meaning)
 MARKERS = {
     "prompt": ("", "", "2", "prompt or other context: seen by the model, never masked, not in the loss"),
+    "hidden": (
+        "(",
+        ")",
+        "2;33",
+        "prompt that the model does not see (prompt_dropout, unpaired text), not in the loss",
+    ),
     "target": ("{", "}", "32", "target that this noise leaves visible"),
     "masked": ("[", "]", "1;33", "masked target: the model sees the mask token and is scored here"),
     "eos": ("{", "}", "35", "end-of-sequence token as a visible target, written EOS (EOSx3: three of them)"),
@@ -74,6 +79,7 @@ def data_only_trainer(model_arguments: ModelConfig, data_arguments: Any, config:
         model=_stand_in(checkpoint_config, tokenizer),
         args=config,
         train_dataset=train_dataset,
+        unpaired_dataset=load_unpaired(data_arguments, text_field=config.dataset_text_field),
         processing_class=tokenizer,
     )
 
@@ -105,6 +111,7 @@ def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenize
     )
     model = LLaDAModelLM(config)
     model.config.logits_shift = getattr(checkpoint_config, "logits_shift", False)
+    model.config.guidance_keep_token_ids = guidance_keep_token_ids(checkpoint_config)
     return model
 
 
@@ -136,13 +143,12 @@ def render_batch(
         f"{config.loss_normalization[:-1]}"
     )
     yield from _layout(batches)
-    num_items = float(sum(count_items(batch["target_mask"], config.loss_normalization) for batch in batches))
     shown = 0
     for number, batch in enumerate(batches):
         for row in range(min(len(batch["input_ids"]), num_rows - shown)):
             yield ""
             yield from _sequence_header(batch, row, number if len(batches) > 1 else None)
-            denominator = num_items
+            denominator = float(batch["row_items"][row])
             if config.loss_normalization == "sequences":
                 denominator *= int(batch["target_mask"][row].sum())
             yield from render_row(batch, row, tokenizer, use_color, denominator, show_token_weights)
@@ -283,12 +289,13 @@ def token_kinds(batch: dict[str, Any], row: int, tokenizer: PreTrainedTokenizerB
     end = int(content[-1]) + 1 if len(content) else 0
     start = int(attended.int().argmax())
     is_target, masked = batch["target_mask"][row].tolist(), batch["noisy"].masked[row].tolist()
+    noisy_ids = batch["noisy"].noisy_input_ids[row]
     kinds = []
     for position in range(len(ids)):
         if not attended[position]:
             kinds.append("cut" if start < position < end else "padding")
             continue
-        kind = "prompt"
+        kind = "prompt" if noisy_ids[position] == ids[position] else "hidden"
         if is_target[position]:
             is_eos = ids[position] == tokenizer.eos_token_id
             name = "fill" if is_fill[position] else "eos" if is_eos else ""

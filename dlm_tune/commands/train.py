@@ -16,7 +16,7 @@ from dlm_tune import __version__
 from dlm_tune.commands.checkpoint import load_checkpoint
 from dlm_tune.commands.console import say
 from dlm_tune.commands.launch import check_parallelism, check_processes
-from dlm_tune.data import find_format, load_datasets
+from dlm_tune.data import find_format, load_datasets, load_unpaired
 from dlm_tune.models import FAMILIES
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
@@ -100,6 +100,7 @@ def build_trainer(
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        unpaired_dataset=load_unpaired(data_arguments, text_field=config.dataset_text_field),
         processing_class=tokenizer,
         peft_config=adapter_config(model_arguments, model.config.model_type),
     )

@@ -103,6 +103,17 @@ class DatasetArguments:
             "data_files, split, columns, and fraction or weight."
         },
     )
+    unpaired_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text without prompts, mixed with the training rows as answers to hidden prompts: a file, a "
+            "directory or a Hub name. It keeps the unconditional branch of guidance true."
+        },
+    )
+    unpaired_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub data set `unpaired_dataset`."}
+    )
+    unpaired_dataset_split: str = field(default="train", metadata={"help": "Split of `unpaired_dataset`."})
     dataset_streaming: bool = field(
         default=False, metadata={"help": "Not available yet: data sets are memory-mapped from disk instead."}
     )
@@ -135,6 +146,12 @@ class DatasetArguments:
                     faults.append(
                         f"{key}={getattr(self, key)!r} has no effect on a mixture: set `name` or `split` in the "
                         "entries of `datasets`."
+                    )
+        if self.unpaired_dataset is None:
+            for key, default in {"unpaired_dataset_config": None, "unpaired_dataset_split": "train"}.items():
+                if getattr(self, key) != default:
+                    faults.append(
+                        f"{key}={getattr(self, key)!r} has no effect without `unpaired_dataset`: set it too."
                     )
         if self.dataset_streaming:
             faults.append(

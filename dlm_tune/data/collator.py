@@ -80,7 +80,8 @@ class DiffusionCollator:
         Returns:
             `input_ids` (R, Lr) long; `attention_mask` (R, Lr) long, 1 on content and on added EOS; `target_mask`
             (R, Lr) bool; `row_index` (R,) long; `eos_padding_mask` (R, Lr) bool, the EOS that fills an answer after
-            its end (for display, the model does not take it). Of packed items also `packed_position` (R, Lr) long,
+            its end (for display, the model does not take it); of an `UnpairedMixture` also `is_unpaired` (R,) bool. Of
+            packed items also `packed_position` (R, Lr) long,
             where `to_sequences` puts each token: sequence * L + column, and B * L for padding; and `packed_shape`,
             the integers (B, L), L being the fullest sequence (see `pad_to_multiple_of`).
 
@@ -166,6 +167,8 @@ class DiffusionCollator:
             "row_index": torch.tensor([int(row["row_index"]) for row in rows]),
             "eos_padding_mask": torch.from_numpy(in_eos & (position >= (lengths + num_end)[:, None])),
         }
+        if "is_unpaired" in rows[0]:
+            batch["is_unpaired"] = torch.tensor([bool(row["is_unpaired"]) for row in rows])
         return batch, full_lengths
 
     def _count_eos(

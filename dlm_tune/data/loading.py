@@ -52,6 +52,26 @@ def load_datasets(
     return train, held_out if evaluation is None else evaluation
 
 
+def load_unpaired(arguments: DatasetArguments, *, text_field: str = "text") -> Dataset | None:
+    """Return the rows of `unpaired_dataset`, None where the section names none.
+
+    Raises:
+        ValueError: If it cannot be read, or holds anything but plain text.
+    """
+    if arguments.unpaired_dataset is None:
+        return None
+    source = f"unpaired_dataset={arguments.unpaired_dataset!r}"
+    splits = load_source(arguments.unpaired_dataset, key="unpaired_dataset", config=arguments.unpaired_dataset_config)
+    rows = choose_split(splits, arguments.unpaired_dataset_split, key="unpaired_dataset_split", source=source)
+    rows = select_format(rows, text_field=text_field, source=source)
+    if rows.column_names not in ([text_field], ["input_ids"]):
+        raise ValueError(
+            f"{source} has the columns {rows.column_names}: unpaired text has no prompts. Give a file with the column "
+            f"{text_field!r} alone."
+        )
+    return rows
+
+
 def _load_entry(position: int, entry: DatasetEntry, text_field: str) -> Dataset:
     key = f"datasets[{position}]"
     splits = load_source(

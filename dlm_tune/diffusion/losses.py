@@ -41,13 +41,13 @@ def loss_weights(token_weights: Tensor, target_mask: Tensor, normalization: str,
         token_weights: (R, L) weights of `token_weights`, or (R,) one for all masked tokens of a row.
         target_mask: (R, L) bool.
         normalization: `tokens` or `sequences`.
-        num_items: scalar, `count_items` summed over the whole step.
+        num_items: scalar, `count_items` summed over the whole step; or (R,), the denominator of each row, where a loss
+            is a sum of parts with denominators of their own.
 
     Returns:
         float64, of the shape of `token_weights`.
     """
-    denominator = num_items.clamp(min=1).to(torch.float64)
+    denominator = num_items.clamp(min=1).to(torch.float64).expand(len(token_weights))
     if normalization == "sequences":
-        num_targets = target_mask.sum(dim=1).clamp(min=1)
-        denominator = denominator * num_targets.view(-1, *[1] * (token_weights.dim() - 1))
-    return token_weights / denominator
+        denominator = denominator * target_mask.sum(dim=1).clamp(min=1)
+    return token_weights / denominator.view(-1, *[1] * (token_weights.dim() - 1))

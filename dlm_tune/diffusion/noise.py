@@ -31,6 +31,8 @@ class NoiseStream(IntEnum):
     EVALUATION_MASK = 5
     RANDOM_LENGTH_CHOICE = 6
     RANDOM_LENGTH = 7
+    PROMPT_DROPOUT = 8
+    PROMPT_NOISING = 9
 
 
 def _as_int64(value: int) -> int:

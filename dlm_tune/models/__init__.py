@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from dlm_tune.models.documents import check_packed_attention
 from dlm_tune.models.dream import DreamConfig, DreamModel
-from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
+from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids, guidance_keep_token_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
 from dlm_tune.models.loading import load_model
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores
@@ -25,6 +25,7 @@ __all__ = [
     "check_packed_attention",
     "embedding_rows",
     "end_of_turn_ids",
+    "guidance_keep_token_ids",
     "load_model",
     "load_tokenizer",
 ]

@@ -8,20 +8,25 @@ from trl.data_utils import is_conversational
 
 from dlm_tune.data import PackedRows
 from dlm_tune.data.rows import IGNORED_LABEL
+from dlm_tune.models import DiffusionMixin, check_packed_attention
 from dlm_tune.trainers.diffusion_config import DEFAULT_BLOCK_LENGTH, DiffusionConfig
 
 
-def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]) -> None:
+def check_arguments(
+    args: Any, train_dataset: Any, eval_dataset: Any, unpaired_dataset: Any, kwargs: dict[str, Any]
+) -> None:
     """Refuse arguments of the trainer that it could not honour."""
     if not isinstance(args, DiffusionConfig):
         raise TypeError(f"args is a {type(args).__name__}: pass a dlm_tune.DiffusionConfig.")
     parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for name, dataset in [("train", train_dataset), *(("eval", part) for part in parts if part is not None)]:
+    others = [("unpaired", unpaired_dataset), *(("eval", part) for part in parts)]
+    for name, dataset in [("train", train_dataset), *((name, part) for name, part in others if part is not None)]:
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"{name}_dataset is a {type(dataset).__name__}; noise is keyed by the row's index, so a "
                 "map-style `datasets.Dataset` is needed. Load it without streaming."
             )
+    _check_unpaired(args, unpaired_dataset)
     if kwargs.get("compute_metrics") or kwargs.get("compute_loss_func"):
         raise ValueError(
             "compute_metrics and compute_loss_func would have no effect: evaluation reports likelihood bounds and "
@@ -33,6 +38,37 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, kwargs: di
         raise ValueError(
             "formatting_func would be ignored on some data sets (TRL keeps `messages`). Map the rows before: "
             "train_dataset = train_dataset.map(lambda row: {'text': ...}, remove_columns=...)."
+        )
+
+
+def check_model(model: Any, args: DiffusionConfig) -> None:
+    """Refuse a model that cannot be trained here, or not with these arguments."""
+    if not isinstance(model, DiffusionMixin):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which cannot score masked positions. Load it with "
+            "dlm_tune.load_model(path), which also turns Llama- and Qwen-style decoders into diffusion models."
+        )
+    if args.packing or args.eval_packing:
+        check_packed_attention(model)
+
+
+def _check_unpaired(args: DiffusionConfig, unpaired_dataset: Any) -> None:
+    if unpaired_dataset is None:
+        if args.unpaired_fraction is not None:
+            raise ValueError(
+                f"unpaired_fraction={args.unpaired_fraction} has no effect without an unpaired_dataset. Give one, or "
+                "remove it."
+            )
+        return
+    if args.packing:
+        raise ValueError(
+            "packing=True does not go with an unpaired_dataset, whose share is kept in rows: sequences hold different "
+            "numbers of them. Set packing=False."
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy='{args.train_sampling_strategy}' does not go with an unpaired_dataset, "
+            "whose rows have their places in the stream. Remove it."
         )
 
 
@@ -48,6 +84,14 @@ def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTra
             f"random_length_probability={args.random_length_probability} has no effect on prompts with answers: "
             "it shortens rows of plain text only. Remove it."
         )
+    has_prompts = "prompt" in row or is_conversational(row) or _has_context(row)
+    if not has_prompts:
+        for name in ("prompt_dropout", "prompt_noising", "unpaired_fraction"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name}={getattr(args, name)} has no effect on plain text, which has no prompts. Remove it: "
+                    "pretraining on text trains the unconditional branch as it is."
+                )
     if args.assistant_only_loss is None:
         args.assistant_only_loss = is_conversational(row) and "prompt" not in row
     if args.eos_policy is None:
@@ -56,8 +100,7 @@ def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTra
 
 def _choose_eos_policy(row: dict[str, Any], args: DiffusionConfig) -> None:
     """Fill answers up to a block: with one EOS only, the number of masks would tell the model the answer's length."""
-    has_context = IGNORED_LABEL in row["labels"][1:] if "labels" in row else "completion_mask" in row
-    if "prompt" in row or is_conversational(row) or has_context:
+    if "prompt" in row or is_conversational(row) or _has_context(row):
         args.eos_policy, args.block_length = "pad_to_block", args.block_length or DEFAULT_BLOCK_LENGTH
     elif args.block_length is not None:
         raise ValueError(
@@ -66,6 +109,11 @@ def _choose_eos_policy(row: dict[str, Any], args: DiffusionConfig) -> None:
         )
     else:
         args.eos_policy = "one"
+
+
+def _has_context(row: dict[str, Any]) -> bool:
+    """Whether a tokenised row has tokens that are no targets."""
+    return IGNORED_LABEL in row["labels"][1:] if "labels" in row else "completion_mask" in row
 
 
 def is_prepared(dataset: Any) -> bool:

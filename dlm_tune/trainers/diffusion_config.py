@@ -12,6 +12,7 @@ from dlm_tune.diffusion import LOSS_WEIGHTINGS, MASKINGS, NOISE_SCHEDULES, NORMA
 DEFAULT_NOISE_EPSILON = 1e-3
 DEFAULT_CART_P = 0.3
 DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_UNPAIRED_FRACTION = 0.5
 
 # Arguments of SFTConfig and TrainingArguments that cannot be honoured here, each with the reason and the way out.
 # They are errors as soon as they differ from their default.
@@ -48,6 +49,13 @@ class DiffusionConfig(SFTConfig):
         loss_weighting: `nelbo` (a likelihood bound), `uniform` (every masked token counts 1, as in BERT) or `cart`
             (Dream: the closer the visible tokens, the more a masked one counts). `nelbo` is logged whatever it is.
         cart_geometric_p: parameter of `loss_weighting: cart` (default 0.3).
+        unpaired_fraction: share of unpaired rows in the stream, with an `unpaired_dataset` (default 0.5); exact to one
+            row in every window.
+        prompt_dropout: share of paired rows whose prompt is masked, drawn anew in each epoch (standard classifier-free
+            guidance: 0.1; unsupervised guidance: 0).
+        prompt_noising: share of paired rows whose prompt is noised and scored like the answer (joint training).
+        guidance_keep_tokens: tokens that the unconditional branch of guidance still sees in a prompt, such as BOS and
+            the headers of a chat template; written to the checkpoint's config as `guidance_keep_token_ids`.
         loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
             nats per target token, LLaDA SFT). Exact under accumulation and over processes.
         eos_policy: `one` EOS, `pad_to_block` or `pad_to_max` with learned EOS, or `none`. By default answers to
@@ -104,6 +112,19 @@ class DiffusionConfig(SFTConfig):
     )
     random_length_probability: float = field(
         default=0.0, metadata={"help": "Share of plain-text rows cut to a random length (LLaDA pretraining: 0.01)."}
+    )
+    unpaired_fraction: float | None = field(
+        default=None, metadata={"help": "Share of unpaired rows, with `unpaired_dataset` only (default 0.5)."}
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Share of rows whose prompt is masked (standard guidance: 0.1)."}
+    )
+    prompt_noising: float = field(
+        default=0.0, metadata={"help": "Share of rows whose prompt is noised and scored too (joint training)."}
+    )
+    guidance_keep_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Prompt tokens that the unconditional branch of guidance sees, e.g. BOS and chat headers."},
     )
     loss_normalization: str = field(
         default="tokens",
@@ -199,6 +220,11 @@ class DiffusionConfig(SFTConfig):
             faults.append(
                 f"random_length_probability={self.random_length_probability} must lie between 0 and 1; LLaDA: 0.01."
             )
+        for name in ("prompt_dropout", "prompt_noising"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"{name}={getattr(self, name)} must lie between 0 and 1: it is a share of the rows.")
+        if self.unpaired_fraction is not None and not 0 < self.unpaired_fraction < 1:
+            faults.append(f"unpaired_fraction={self.unpaired_fraction} must lie between 0 and 1; the default is 0.5.")
         if self.eval_noise_samples < 1:
             faults.append(f"eval_noise_samples={self.eval_noise_samples} must be at least 1; the default is 8.")
         return faults

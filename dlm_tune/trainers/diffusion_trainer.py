@@ -1,7 +1,7 @@
 """The trainer of masked-diffusion language models: pretraining and prompt-preserving fine-tuning.
 
 What is trained on is decided by the data: rows of plain text have every token as a target, prompt-completion rows and
-conversations only their answers. Prompts are never masked.
+conversations only their answers. Prompts are masked for the unconditional branch of guidance only.
 """
 
 import copy
@@ -16,23 +16,33 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
+from trl.data_utils import is_conversational
 
-from dlm_tune.data import DiffusionCollator, PackedRows, check_raw_rows, check_rows, document_ids, to_sequences
+from dlm_tune.data import (
+    DiffusionCollator,
+    PackedRows,
+    StreamSampler,
+    UnpairedMixture,
+    check_raw_rows,
+    check_rows,
+    document_ids,
+    to_sequences,
+)
 from dlm_tune.diffusion import NoisyBatch, noise_bank
 from dlm_tune.models import (
-    DiffusionMixin,
-    check_packed_attention,
     embedding_rows,
     end_of_turn_ids,
+    guidance_keep_token_ids,
     load_model,
     load_tokenizer,
 )
-from dlm_tune.trainers.checks import check_arguments, check_row_index, is_prepared, read_first_row
+from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
-from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, nelbo_standard_error, row_statistics, summarise
+from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
 from dlm_tune.trainers.trl_limits import adapters_on_the_head
+from dlm_tune.trainers.unpaired import mix_unpaired, set_guidance_keep_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +61,8 @@ class DiffusionTrainer(SFTTrainer):
         eval_dataset: rows in one of TRL's formats, or a dict of such data sets.
         processing_class: the tokenizer; by default the one beside the model.
         peft_config: trains an adapter.
+        unpaired_dataset: text without prompts, mixed with the training rows as `args.unpaired_fraction` says; it keeps
+            the unconditional branch of guidance true.
         callbacks: additional callbacks.
         kwargs: further arguments of `SFTTrainer`.
 
@@ -69,30 +81,29 @@ class DiffusionTrainer(SFTTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        unpaired_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_arguments(args, train_dataset, eval_dataset, kwargs)
+        check_arguments(args, train_dataset, eval_dataset, unpaired_dataset, kwargs)
         if isinstance(model, str):
             quantization = kwargs.pop("quantization_config", None)
             model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        if not isinstance(base_model, DiffusionMixin):
-            raise TypeError(
-                f"model is a {type(base_model).__name__}, which cannot score masked positions. Load it with "
-                "dlm_tune.load_model(path), which also turns Llama- and Qwen-style decoders into diffusion models."
-            )
-        if args.packing or args.eval_packing:
-            check_packed_attention(base_model)
+        check_model(base_model, args)
         if processing_class is None:
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
         train_dataset = self._check_raw(train_dataset, args, "train")
         eval_dataset = self._check_raw(eval_dataset, args, "eval")
-        read_first_row(next(iter(train_dataset)), args, processing_class)
+        unpaired_dataset = self._check_raw(unpaired_dataset, args, "unpaired")
+        first_row = next(iter(train_dataset))
+        read_first_row(first_row, args, processing_class)
+        set_guidance_keep_tokens(base_model.config, args, processing_class)
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift
         self.vocab_size: int = embedding_rows(base_model.config)
+        self.guidance_keep_token_ids: list[int] = guidance_keep_token_ids(base_model.config)
         data_collator = kwargs.pop("data_collator", None)
         with adapters_on_the_head():
             super().__init__(
@@ -111,10 +122,13 @@ class DiffusionTrainer(SFTTrainer):
         base_model.__dict__.pop("forward", None)
         # made here: TRL has given the tokenizer the `eos_token` and `pad_token` of the arguments by now
         self.data_collator = data_collator or self._make_collator(self.processing_class, args)
+        if unpaired_dataset is not None:
+            self.train_dataset = mix_unpaired(self, unpaired_dataset, is_conversational(first_row))
         self.loss_is_scaled_for_ga = True
         if self.pop_callback(ProgressCallback):
             self.add_callback(DiffusionProgressCallback)
-        self._training_sums = torch.zeros(NUM_COLUMNS, dtype=torch.float64, device=args.device)
+        # of paired and of unpaired rows
+        self._training_sums = torch.zeros(2, NUM_COLUMNS, dtype=torch.float64, device=args.device)
         self._num_tokens: Tensor | None = None
         self._timer = StepTimer()
         self.add_callback(self._timer)
@@ -156,9 +170,7 @@ class DiffusionTrainer(SFTTrainer):
         if is_prepared(dataset):
             check_row_index(dataset, dataset_name)
             return self._pack(dataset, processing_class, args) if packing else dataset
-        uncut = copy.copy(args)
-        uncut.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        dataset = self._tokenize(dataset, dataset_name, processing_class, args)
         with args.main_process_first(desc=f"checking the tokenised {dataset_name} rows"):
             dataset = check_rows(
                 dataset,
@@ -171,6 +183,21 @@ class DiffusionTrainer(SFTTrainer):
                 vocab_size=self.vocab_size,
             )
         return self._pack(dataset, processing_class, args) if packing else dataset
+
+    def _tokenize(self, dataset: Dataset, name: str, processing_class: Any, args: Any) -> Dataset:
+        """Rows `{input_ids, labels}` as TRL makes them, uncut."""
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        return super()._prepare_dataset(dataset, processing_class, uncut, False, None, name)
+
+    def tokenize_answers(self, dataset: Dataset, name: str) -> Dataset:
+        """Rows `{input_ids, labels}` of prompts and completions of which the completions alone are targets."""
+        before = vars(self)["completion_only_loss"]
+        self.completion_only_loss = True
+        try:
+            return self._tokenize(dataset, name, self.processing_class, self.args)
+        finally:
+            self.completion_only_loss = before
 
     @classmethod
     def _pack(cls, dataset: Any, processing_class: Any, args: DiffusionConfig) -> PackedRows:
@@ -186,7 +213,13 @@ class DiffusionTrainer(SFTTrainer):
         return packed
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row_index", "rows"]
+        self._signature_columns = ["input_ids", "labels", "row_index", "is_unpaired", "rows"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(train_dataset, UnpairedMixture):
+            return StreamSampler(train_dataset, epoch=lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(self, *arguments: Any, is_training: bool = False, **options: Any) -> Any:
         drop_last = self.args.dataloader_drop_last
@@ -212,7 +245,7 @@ class DiffusionTrainer(SFTTrainer):
         return batches, None
 
     def corrupt_batches(self, batches: list[dict[str, Any]], step: int, epoch: int) -> None:
-        """Adds `noisy` (a `NoisyBatch`) and `loss_weights` (R, L) to the microbatches of an optimiser step.
+        """Adds `noisy` (a `NoisyBatch`), `loss_weights` (R, L) and `prompt_hidden` (R,) to a step's microbatches.
 
         See `step_noise.corrupt_step`; counting over the processes takes one collective.
 
@@ -229,6 +262,7 @@ class DiffusionTrainer(SFTTrainer):
             epoch=epoch,
             mask_token_id=self.mask_token_id,
             first_target_position=1 if self.logits_shift else 0,
+            keep_token_ids=self.guidance_keep_token_ids,
             rank=accelerator.process_index,
             gather=accelerator.gather if accelerator.num_processes > 1 else None,
         )
@@ -250,7 +284,9 @@ class DiffusionTrainer(SFTTrainer):
         """
         noisy = inputs["noisy"]
         outputs = self._score(model, inputs, noisy, inputs["loss_weights"])
-        self._training_sums += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"]).sum(0)
+        statistics = row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
+        part = inputs["is_unpaired"].long() if "is_unpaired" in inputs else torch.zeros_like(inputs["row_index"])
+        self._training_sums = self._training_sums.index_add(0, part, statistics)
         # torch's DataParallel (several GPUs in one process) gives one sum a GPU, of which the Trainer takes the mean
         return outputs.loss.sum() * self.accelerator.num_processes
 
@@ -298,7 +334,11 @@ class DiffusionTrainer(SFTTrainer):
         if "loss" in logs and self.model.training:
             sums = self.accelerator.reduce(self._training_sums, reduction="sum")
             self._training_sums = torch.zeros_like(self._training_sums)
-            logs.update(summarise(sums))
+            logs.update(summarise(sums.sum(dim=0)))
+            if isinstance(self.train_dataset, UnpairedMixture):
+                for name, part in zip(("paired", "unpaired"), sums, strict=True):
+                    metrics = summarise(part)
+                    logs.update({f"{metric}_{name}": metrics[metric] for metric in ("nelbo", "masked_accuracy")})
             if self._num_tokens is not None:
                 logs["num_tokens"] = self._num_tokens.item()
                 logs["tokens_per_second"] = self._timer.rate(logs["num_tokens"])
@@ -341,27 +381,6 @@ class DiffusionTrainer(SFTTrainer):
         return None, *by_sequence(statistics, inputs)
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics of an evaluation; rows that sampling over processes repeated count once.
-
-        `nelbo` (also as `loss`, for `metric_for_best_model`) is in nats per target token and bounds the negative
-        log-likelihood from above; `nelbo_standard_error` is over rows; `perplexity_bound` is `exp(nelbo)`.
-        """
+        """Metrics of an evaluation; see `statistics.evaluation_metrics`."""
         statistics = torch.as_tensor(prediction.predictions).flatten(0, -2)
-        row_index = torch.as_tensor(prediction.label_ids).flatten()
-        statistics, row_index = statistics[row_index >= 0], row_index[row_index >= 0]
-        order = row_index.argsort(stable=True)
-        is_first = torch.ones_like(row_index, dtype=torch.bool)
-        is_first[1:] = row_index[order][1:] != row_index[order][:-1]
-        statistics = statistics[order][is_first]
-        metrics = summarise(statistics.sum(dim=0))
-        nelbo = metrics.pop("nelbo")
-        for unused in ("mean_timestep", "fraction_masked"):
-            metrics.pop(unused)
-        return {
-            "loss": nelbo,
-            "nelbo": nelbo,
-            "nelbo_standard_error": nelbo_standard_error(statistics),
-            "perplexity_bound": math.exp(min(nelbo, 700.0)),
-            "num_rows": float(len(statistics)),
-            **metrics,
-        }
+        return evaluation_metrics(statistics, torch.as_tensor(prediction.label_ids).flatten())

@@ -4,6 +4,7 @@ One row of statistics belongs to one row of the batch; all entries are sums, so 
 and processes add up. Noise levels are fractions of target tokens that are masked, in four equal buckets.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -83,6 +84,37 @@ def nelbo_standard_error(statistics: Tensor) -> float:
         return float("nan")
     residuals = nats - targets * (nats.sum() / targets.sum())
     return float((residuals.square().sum() * rows / (rows - 1)).sqrt() / targets.sum())
+
+
+def evaluation_metrics(statistics: Tensor, row_index: Tensor) -> dict[str, float]:
+    """Metrics of an evaluation; rows that sampling over processes repeated count once.
+
+    Args:
+        statistics: (rows, NUM_COLUMNS) float64, each row summed over its evaluation samples.
+        row_index: (rows,), negative where there is no row.
+
+    Returns:
+        `nelbo` (also as `loss`, for `metric_for_best_model`) in nats per target token, an upper bound of the negative
+        log-likelihood; `nelbo_standard_error` over rows; `perplexity_bound = exp(nelbo)`; `num_rows`; accuracies and
+        losses by noise level.
+    """
+    statistics, row_index = statistics[row_index >= 0], row_index[row_index >= 0]
+    order = row_index.argsort(stable=True)
+    is_first = torch.ones_like(row_index, dtype=torch.bool)
+    is_first[1:] = row_index[order][1:] != row_index[order][:-1]
+    statistics = statistics[order][is_first]
+    metrics = summarise(statistics.sum(dim=0))
+    nelbo = metrics.pop("nelbo")
+    for unused in ("mean_timestep", "fraction_masked"):
+        metrics.pop(unused)
+    return {
+        "loss": nelbo,
+        "nelbo": nelbo,
+        "nelbo_standard_error": nelbo_standard_error(statistics),
+        "perplexity_bound": math.exp(min(nelbo, 700.0)),
+        "num_rows": float(len(statistics)),
+        **metrics,
+    }
 
 
 def by_sequence(statistics: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
