@@ -9,7 +9,8 @@ The mask token's logit is not suppressed: LLaDA trains with it, and it is never 
 probability is zero. The sampler suppresses it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,10 +108,11 @@ def plain_linear(head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Linear 
 
 def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_softcap: float | None = None) -> Tensor:
     """Return logits (N, V) of the hidden states (N, D), capped as `cap * tanh(logits / cap)` where a cap is given."""
-    return _capped(head(hidden), logit_softcap)
+    return capped(head(hidden), logit_softcap)
 
 
-def _capped(logits: Tensor, logit_softcap: float | None) -> Tensor:
+def capped(logits: Tensor, logit_softcap: float | None) -> Tensor:
+    """Return `cap * tanh(logits / cap)`, or the logits where no cap is given."""
     return logits if logit_softcap is None else (logits / logit_softcap).tanh() * logit_softcap
 
 
@@ -135,18 +137,34 @@ def _score_by_calls(
     logit_softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Call the head on each chunk of rows, and again in the backward pass if there is more than one chunk."""
-    num_chunks = _same_on_all_ranks(head, -(-hidden.shape[0] // rows), hidden.device)
+    score = partial(_score_chunk, head, logit_softcap=logit_softcap)
+    nll, is_top1 = score_in_chunks(score, (hidden, target_ids), rows, (head,))
+    return nll, is_top1
+
+
+def score_in_chunks(
+    score: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], rows: int, heads: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """Return what `score(*tensors)` returns, computed on chunks of rows.
+
+    Of more than one chunk nothing is kept for the backward pass, which computes the chunk again.
+
+    Args:
+        score: from tensors of n rows to tensors of n rows, row by row.
+        tensors: each of N rows.
+        rows: most rows of a chunk.
+        heads: the heads that `score` calls; where a call is a collective, all ranks make equally many.
+    """
+    num_chunks = -(-len(tensors[0]) // rows)
+    for head in heads:
+        num_chunks = _same_on_all_ranks(head, num_chunks, tensors[0].device)
     if num_chunks <= 1:
-        return _score_chunk(head, hidden, target_ids, logit_softcap)
-    nlls, hits = [], []
+        return score(*tensors)
+    parts = []
     for index in range(num_chunks):
-        chunk = slice(index * rows, (index + 1) * rows)
-        inputs = (head, hidden[chunk], target_ids[chunk], logit_softcap)
-        recompute = torch.is_grad_enabled()
-        nll, hit = checkpoint(_score_chunk, *inputs, use_reentrant=False) if recompute else _score_chunk(*inputs)
-        nlls.append(nll)
-        hits.append(hit)
-    return torch.cat(nlls), torch.cat(hits)
+        chunk = [tensor[index * rows : (index + 1) * rows] for tensor in tensors]
+        parts.append(checkpoint(score, *chunk, use_reentrant=False) if torch.is_grad_enabled() else score(*chunk))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def _score_chunk(
@@ -154,7 +172,7 @@ def _score_chunk(
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        scores = _capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), logit_softcap)
+        scores = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), logit_softcap)
         nll = F.cross_entropy(scores, target_ids, reduction="none")
     return nll, scores.detach().argmax(dim=-1) == target_ids
 
