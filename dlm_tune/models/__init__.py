@@ -5,6 +5,7 @@ Importing this package registers LLaDA and Dream with transformers' Auto classes
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from dlm_tune.models.adapter_facts import write_adapter_facts
 from dlm_tune.models.documents import check_packed_attention
 from dlm_tune.models.dream import DreamConfig, DreamModel
 from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids, guidance_keep_token_ids
@@ -28,6 +29,7 @@ __all__ = [
     "guidance_keep_token_ids",
     "load_model",
     "load_tokenizer",
+    "write_adapter_facts",
 ]
 
 for _config_class, _model_class in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):

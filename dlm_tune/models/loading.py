@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from dlm_tune.models.adapter_facts import apply_adapter_facts
 from dlm_tune.models.checkpoint_files import (
     check_weight_files,
     checkpoint_directory,
@@ -240,6 +241,7 @@ def _put_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
             f"the adapter {str(adapter)!r} (trained on {trained_on!r}) does not fit the model "
             f"{model.name_or_path!r} ({type(model).__name__}): {_first_lines(error)}. Give the model it was trained on"
         ) from error
+    apply_adapter_facts(directory, model.config)
     return peft_model
 
 

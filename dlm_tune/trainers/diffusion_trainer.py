@@ -35,6 +35,7 @@ from dlm_tune.models import (
     guidance_keep_token_ids,
     load_model,
     load_tokenizer,
+    write_adapter_facts,
 )
 from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
@@ -343,6 +344,11 @@ class DiffusionTrainer(SFTTrainer):
                 logs["num_tokens"] = self._num_tokens.item()
                 logs["tokens_per_second"] = self._timer.rate(logs["num_tokens"])
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            write_adapter_facts(output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model).config)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._num_tokens is not None:
