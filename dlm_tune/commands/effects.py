@@ -136,6 +136,7 @@ _ESTIMATE_KEYS = {
     "dataloader_drop_last",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
+    "guidance_distillation_scale",
     "max_steps",
     "num_train_epochs",
     "optim",

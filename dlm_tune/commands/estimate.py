@@ -41,7 +41,14 @@ _KINDS = {
     "optimizer_update": "update of the optimiser",
 }
 # Keys that change memory in ways that are not modelled
-_NOT_COUNTED = ("activation_offloading", "torch_compile", "deepspeed", "fsdp", "use_liger_kernel")
+_NOT_COUNTED = (
+    "activation_offloading",
+    "torch_compile",
+    "deepspeed",
+    "fsdp",
+    "use_liger_kernel",
+    "guidance_distillation_scale",
+)
 
 
 def run_estimate(model_arguments: ModelConfig, data_arguments: Any, config: DiffusionConfig) -> None:

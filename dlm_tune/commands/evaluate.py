@@ -37,6 +37,7 @@ def run_eval(recipe: Recipe) -> None:
         model, tokenizer = load_checkpoint(
             model_arguments, adapter=arguments.adapter, device_map=None if config.use_cpu else {"": config.device}
         )
+        config.guidance_distillation_scale = None  # the teacher, a second model, is for training
         # Evaluation needs no training data; the trainer asks for some
         trainer = DiffusionTrainer(
             model=model, args=config, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer

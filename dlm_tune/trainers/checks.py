@@ -86,7 +86,7 @@ def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTra
         )
     has_prompts = "prompt" in row or is_conversational(row) or _has_context(row)
     if not has_prompts:
-        for name in ("prompt_dropout", "prompt_noising", "unpaired_fraction"):
+        for name in ("prompt_dropout", "prompt_noising", "unpaired_fraction", "guidance_distillation_scale"):
             if getattr(args, name):
                 raise ValueError(
                     f"{name}={getattr(args, name)} has no effect on plain text, which has no prompts. Remove it: "

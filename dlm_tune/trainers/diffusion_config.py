@@ -56,6 +56,9 @@ class DiffusionConfig(SFTConfig):
         prompt_noising: share of paired rows whose prompt is noised and scored like the answer (joint training).
         guidance_keep_tokens: tokens that the unconditional branch of guidance still sees in a prompt, such as BOS and
             the headers of a chat template; written to the checkpoint's config as `guidance_keep_token_ids`.
+        guidance_distillation_scale: w. The loss is the divergence from what guidance of scale w would give with the
+            model as it was when training began, instead of the true tokens' likelihood; sample then without guidance.
+            `nelbo` is still logged. See `trainers.distillation`.
         loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
             nats per target token, LLaDA SFT). Exact under accumulation and over processes.
         eos_policy: `one` EOS, `pad_to_block` or `pad_to_max` with learned EOS, or `none`. By default answers to
@@ -125,6 +128,12 @@ class DiffusionConfig(SFTConfig):
     guidance_keep_tokens: list[str] | None = field(
         default=None,
         metadata={"help": "Prompt tokens that the unconditional branch of guidance sees, e.g. BOS and chat headers."},
+    )
+    guidance_distillation_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train towards the initial model under guidance of this scale, e.g. 1.0; unset, towards data."
+        },
     )
     loss_normalization: str = field(
         default="tokens",
@@ -223,6 +232,12 @@ class DiffusionConfig(SFTConfig):
         for name in ("prompt_dropout", "prompt_noising"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name}={getattr(self, name)} must lie between 0 and 1: it is a share of the rows.")
+        scale = self.guidance_distillation_scale
+        if scale is not None and (scale == 0 or not math.isfinite(scale)):
+            faults.append(
+                f"guidance_distillation_scale={scale} must be finite and not 0, which is no guidance; 1.0 is usual. "
+                "Remove it to train on the data."
+            )
         if self.unpaired_fraction is not None and not 0 < self.unpaired_fraction < 1:
             faults.append(f"unpaired_fraction={self.unpaired_fraction} must lie between 0 and 1; the default is 0.5.")
         if self.eval_noise_samples < 1:
@@ -252,6 +267,11 @@ class DiffusionConfig(SFTConfig):
             faults.append(
                 f"cart_geometric_p={self.cart_geometric_p} has no effect with loss_weighting='{self.loss_weighting}'. "
                 "Remove it or set loss_weighting='cart'."
+            )
+        if self.guidance_distillation_scale is not None and self.completion_only_loss is False:
+            faults.append(
+                f"guidance_distillation_scale={self.guidance_distillation_scale} has no effect with "
+                "completion_only_loss=False: prompts are then targets, and nothing is left to guide by. Remove one."
             )
         return faults + self._packing_faults()
 

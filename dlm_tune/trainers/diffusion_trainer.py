@@ -25,10 +25,8 @@ from dlm_tune.data import (
     UnpairedMixture,
     check_raw_rows,
     check_rows,
-    document_ids,
-    to_sequences,
 )
-from dlm_tune.diffusion import NoisyBatch, noise_bank
+from dlm_tune.diffusion import noise_bank
 from dlm_tune.models import (
     embedding_rows,
     end_of_turn_ids,
@@ -39,6 +37,8 @@ from dlm_tune.models import (
 )
 from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
+from dlm_tune.trainers.distillation import make_teacher
+from dlm_tune.trainers.model_inputs import masked_token_inputs, prompt_mask
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
@@ -125,6 +125,7 @@ class DiffusionTrainer(SFTTrainer):
         self.data_collator = data_collator or self._make_collator(self.processing_class, args)
         if unpaired_dataset is not None:
             self.train_dataset = mix_unpaired(self, unpaired_dataset, is_conversational(first_row))
+        self._teacher = make_teacher(self)
         self.loss_is_scaled_for_ga = True
         if self.pop_callback(ProgressCallback):
             self.add_callback(DiffusionProgressCallback)
@@ -283,28 +284,18 @@ class DiffusionTrainer(SFTTrainer):
 
         The factor undoes the average that data parallelism takes over the gradients of the processes.
         """
-        noisy = inputs["noisy"]
-        outputs = self._score(model, inputs, noisy, inputs["loss_weights"])
+        noisy, pad_token_id = inputs["noisy"], self.processing_class.pad_token_id
+        arguments = masked_token_inputs(inputs, noisy, pad_token_id, inputs["loss_weights"])
+        if self._teacher is not None:
+            targets = self._teacher.guided_targets(model, arguments, prompt_mask(inputs))
+            outputs = model(guided_targets=targets, **arguments)
+        else:
+            outputs = model(**arguments)
         statistics = row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
         part = inputs["is_unpaired"].long() if "is_unpaired" in inputs else torch.zeros_like(inputs["row_index"])
         self._training_sums = self._training_sums.index_add(0, part, statistics)
         # torch's DataParallel (several GPUs in one process) gives one sum a GPU, of which the Trainer takes the mean
         return outputs.loss.sum() * self.accelerator.num_processes
-
-    def _score(
-        self, model: nn.Module, inputs: dict[str, Any], noisy: NoisyBatch, token_weights: Tensor | None = None
-    ) -> Any:
-        """Scores of the masked tokens, of packed rows too; they come in the order of `noisy.masked_rows`."""
-        scores = {
-            "input_ids": to_sequences(noisy.noisy_input_ids, inputs, self.processing_class.pad_token_id),
-            "target_ids": to_sequences(inputs["input_ids"], inputs, self.processing_class.pad_token_id),
-            "target_mask": to_sequences(noisy.masked, inputs, False),
-        }
-        if token_weights is not None:
-            scores["target_weights"] = to_sequences(token_weights, inputs, 0.0)
-        if "packed_position" in inputs:
-            return model(document_ids=document_ids(inputs), **scores)
-        return model(attention_mask=inputs["attention_mask"], **scores)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one microbatch; a loss that is not finite stops the run before the optimiser."""
@@ -382,7 +373,7 @@ class DiffusionTrainer(SFTTrainer):
         )
         with torch.no_grad(), self.compute_loss_context_manager():
             for noisy in bank:
-                outputs = self._score(model, inputs, noisy)
+                outputs = model(**masked_token_inputs(inputs, noisy, self.processing_class.pad_token_id))
                 statistics += row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
         return None, *by_sequence(statistics, inputs)
 

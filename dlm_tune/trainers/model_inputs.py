@@ -1,0 +1,36 @@
+"""What the model is called with to score the masked tokens of a corrupted batch."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dlm_tune.data import document_ids, to_sequences
+from dlm_tune.diffusion import NoisyBatch
+
+
+def masked_token_inputs(
+    inputs: dict[str, Any], noisy: NoisyBatch, pad_token_id: int, token_weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Arguments of the model's forward, of packed rows too; scores come in the order of `noisy.masked_rows`.
+
+    Args:
+        inputs: a batch of the collator, R rows.
+        noisy: its noise.
+        pad_token_id: fills packed sequences.
+        token_weights: (R, L) weights in the loss; without them no loss is asked for.
+    """
+    arguments = {
+        "input_ids": to_sequences(noisy.noisy_input_ids, inputs, pad_token_id),
+        "target_ids": to_sequences(inputs["input_ids"], inputs, pad_token_id),
+        "target_mask": to_sequences(noisy.masked, inputs, False),
+    }
+    if token_weights is not None:
+        arguments["target_weights"] = to_sequences(token_weights, inputs, 0.0)
+    if "packed_position" in inputs:
+        return {"document_ids": document_ids(inputs), **arguments}
+    return {"attention_mask": inputs["attention_mask"], **arguments}
+
+
+def prompt_mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, L) bool where the model sees tokens of a prompt: those attended that are no targets."""
+    return to_sequences(inputs["attention_mask"].bool() & ~inputs["target_mask"], inputs, False)
