@@ -69,7 +69,7 @@ class Panel:
 
 def make_panels(runs: list[Run]) -> list[Panel]:
     """All panels for which some run has points, in the order of the page."""
-    panels = [*_loss_panels(runs), *_held_out_panels(runs)]
+    panels = [*_loss_panels(runs), *_part_panels(runs), *_held_out_panels(runs)]
     buckets = [
         *_bucket_panels(runs, "nll", "Loss by noise level", "nats per masked token"),
         *_bucket_panels(runs, "accuracy", "Accuracy by noise level", "% of masked tokens"),
@@ -136,6 +136,22 @@ def _loss_panels(runs: list[Run]) -> list[Panel]:
         return [loss, nelbo]
     pair = (replace(loss.curves[0], label="loss"), replace(nelbo.curves[0], label="NELBO", colour="run1"))
     return [replace(loss, title="Training loss and NELBO", curves=pair)]
+
+
+def _part_panels(runs: list[Run]) -> list[Panel]:
+    """NELBO of paired and of unpaired rows, where a run has both."""
+    unit = "nats per token, lower is better"
+    parts = [
+        _run_panel(runs, f"nelbo_{part}", f"NELBO of the {part} rows", unit, smooth=True)
+        for part in ("paired", "unpaired")
+    ]
+    if len(runs) > 1 or not all(panel.curves for panel in parts):
+        return parts
+    curves = (
+        replace(parts[0].curves[0], label="paired"),
+        replace(parts[1].curves[0], label="unpaired", colour="run1"),
+    )
+    return [replace(parts[0], title="NELBO of paired and unpaired rows", curves=curves)]
 
 
 def _are_close(first: Series, second: Series) -> bool:

@@ -52,7 +52,7 @@ class UnpairedMixture(Dataset):
         """
         self.paired, self.unpaired = paired, unpaired
         self.fraction, self.max_length = fraction, max_length
-        self._share = Fraction(str(fraction))
+        self._share = Fraction(fraction).limit_denominator(10**9)
         self._first_unpaired_index = int(np.max(paired.with_format("numpy")["row_index"][:])) + 1
         self._seed, self._shuffle = seed, shuffle
         self._orders: dict[int, tuple[int, np.ndarray]] = {}

@@ -173,3 +173,27 @@ def test_buckets_are_those_of_the_training_log():
     nll = torch.ones(int(masked.sum()))
     counts = row_statistics(nll, nll > 0, noisy, target_mask)[:, -NUM_BUCKETS:]  # masked tokens by bucket
     assert [row.argmax().item() for row in counts[:-1]] == noise_bucket(num_masked, num_targets).tolist()[:-1]
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "sequences"])
+def test_hidden_prompts_and_the_denominator_of_each_part(tmp_path, capsys, normalization):
+    """Of 12 rows 4 are unpaired: their prompts stand in parentheses, and each part has a denominator of its own."""
+    (tmp_path / "text.txt").write_text("".join(f"{letter * 9}\n" for letter in "abcdefgh"))
+    recipe = workspace(
+        tmp_path,
+        unpaired_dataset=tmp_path / "text.txt",
+        unpaired_fraction=1 / 3,
+        loss_normalization=normalization,
+    )
+    assert main(["inspect", "--debug", "--config", recipe, "--rows", "12", "--color", "never"]) == 0
+    rows = [match.groupdict() for match in re.finditer(ROW, capsys.readouterr().out)]
+    assert len(rows) == 12
+    unpaired = [row for row in rows if row["text"].startswith("(past of w")]
+    paired = [row for row in rows if row["text"].startswith("past of w")]
+    assert (len(unpaired), len(paired)) == (4, 8)
+    assert all(re.search(r"\(past of w\d+: \)", row["text"]) for row in unpaired)
+    for part in (unpaired, paired):
+        total = sum(int(row["targets"]) for row in part) * 12 / len(part)
+        for row in part:
+            items = total if normalization == "tokens" else 12 * int(row["targets"])
+            assert float(row["denominator"]) == pytest.approx(items, rel=1e-5)

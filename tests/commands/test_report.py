@@ -100,6 +100,22 @@ def panels_by_title(runs) -> dict:
 # The figures are the log's
 
 
+def test_paired_and_unpaired_rows_have_a_panel(tmp_path):
+    entries = [log_entry(step) | {"nelbo_paired": 1.0 / step, "nelbo_unpaired": 2.0 / step} for step in (1, 2, 3)]
+    for name, log in (("mixed", entries), ("plain", [log_entry(step) for step in (1, 2, 3)])):
+        write_run(tmp_path / name)
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    mixed, plain = read_runs([tmp_path / "mixed", tmp_path / "plain"])
+    (panel,) = (panel for panel in make_panels([mixed]) if panel.name == "nelbo_paired")
+    assert {curve.label: curve.series.values for curve in panel.curves} == {
+        "paired": [1.0, 0.5, 1 / 3],
+        "unpaired": [2.0, 1.0, 2 / 3],
+    }
+    assert not [panel for panel in make_panels([plain]) if "paired" in panel.name]
+    several = [panel.name for panel in make_panels([mixed, plain]) if "paired" in panel.name]
+    assert several == ["nelbo_paired", "nelbo_unpaired"]
+
+
 def test_curves_hold_the_points_of_the_log(tmp_path):
     run = read_run(write_run(tmp_path), "run")
     panels = panels_by_title([run])

@@ -57,6 +57,10 @@ def test_a_recipe_and_the_command_line_are_read_by_trls_parser(tmp_path):
             "test_split_size=0.1 and dataset_test_split='test' both",
         ),
         (
+            {"dataset_name": "a", "unpaired_dataset_split": "test"},
+            "unpaired_dataset_split='test' has no effect without `unpaired_dataset`",
+        ),
+        (
             {"dataset_name": "a", "dataset_streaming": True},
             "dataset_streaming=True is not supported.*position of a row",
         ),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, get_dataset
 
-from dlm_tune.data import DatasetArguments, load_datasets
+from dlm_tune.data import DatasetArguments, load_datasets, load_unpaired
 from dlm_tune.data.loading import _repeat_to_weights, _sizes_without_repetition  # the arithmetic of mixtures
 
 disable_progress_bars()
@@ -349,3 +349,17 @@ def test_a_mixture_of_message_lists_with_keys_in_different_order(tmp_path):
     entries = [{"path": jsonl(tmp_path / f"{index}.jsonl", rows)} for index, rows in enumerate((one, other))]
     train, _ = load(datasets=entries)
     assert [message["content"] for row in train["messages"] for message in row] == ["a", "b", "c", "d"]
+
+
+def test_unpaired_text_is_text_alone(tmp_path):
+    jsonl(tmp_path / "text.jsonl", [{"text": "one"}, {"text": "two"}])
+    arguments = DatasetArguments(dataset_name="unused", unpaired_dataset=str(tmp_path / "text.jsonl"))
+    assert load_unpaired(arguments).to_list() == [{"text": "one"}, {"text": "two"}]
+    assert load_unpaired(DatasetArguments(dataset_name="unused")) is None
+    pairs(tmp_path / "pairs.jsonl", 2)
+    with pytest.raises(
+        ValueError, match=r"unpaired_dataset=.*\['prompt', 'completion'\]: unpaired text has no prompts"
+    ):
+        load_unpaired(DatasetArguments(dataset_name="unused", unpaired_dataset=str(tmp_path / "pairs.jsonl")))
+    with pytest.raises(ValueError, match="unpaired_dataset"):
+        load_unpaired(DatasetArguments(dataset_name="unused", unpaired_dataset=str(tmp_path / "nothing.jsonl")))
