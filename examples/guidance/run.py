@@ -1,0 +1,279 @@
+"""Train and score every arm of the guidance experiments; resumable, one JSON line a figure of results/<task>.jsonl.
+
+    python examples/guidance/category_data.py --wordnet package/dict
+    python examples/guidance/run.py --task category --jobs 2
+    python examples/guidance/g2p_few_data.py
+    python examples/guidance/run.py --task g2p --jobs 2
+    python examples/guidance/plot.py
+
+The arms have the same steps, rows a step and learning rate, and differ in what the rows are:
+
+    sft_only            pairs
+    unsupervised        half pairs, half text without prompts: what unsupervised guidance needs
+    standard            pairs, 10 % of their prompts masked: standard classifier-free guidance
+    standard_unpaired   half text without prompts, and 10 % of the prompts of the others masked
+    distilled           the unsupervised model, trained on for a quarter of the steps to answer as if guided
+
+A seed decides initial weights, order of the rows and noise. Trainings that are finished and figures that are in the
+results already are skipped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from guidance_checkpoint import BOS, UNKNOWN, write_checkpoint
+from guidance_scores import CategoryClassifier, category_scores, phoneme_scores, read_lines
+
+from dlm_tune import DiffusionGenerationConfig, load_model, load_tokenizer
+from dlm_tune.evaluation.completions import evaluate_completions
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDANCE_SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+ARMS = ("sft_only", "unsupervised", "standard", "standard_unpaired", "distilled")
+DROPOUT, UNPAIRED_FRACTION = 0.1, 0.5
+JUDGE, JUDGE_SEED = "judge", 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between the two tasks.
+
+    Attributes:
+        name: of folders and files.
+        num_layers: of the model.
+        sampling: how answers are drawn; the canvas is the recipe's `block_length`.
+        distillation_scale: guidance scale that `distilled` learns.
+    """
+
+    name: str
+    num_layers: int
+    sampling: DiffusionGenerationConfig
+    distillation_scale: float
+
+    @property
+    def data(self) -> Path:
+        """What the data scripts wrote."""
+        return Path("data/guidance") / self.name
+
+    @property
+    def outputs(self) -> Path:
+        """Of the trainings."""
+        return Path("outputs/guidance") / self.name
+
+    @property
+    def recipe(self) -> Path:
+        """Of one training."""
+        return Path("recipes/guidance/sft") / f"{self.name}.yaml"
+
+
+TASKS = {
+    # one token a step in random order at temperature 1: samples of the model's own distribution
+    "category": Task(
+        "category",
+        3,
+        DiffusionGenerationConfig(max_new_tokens=12, steps=12, block_length=None, remasking="random", temperature=1.0),
+        1.5,
+    ),
+    "g2p": Task("g2p", 4, DiffusionGenerationConfig(max_new_tokens=16, steps=16, block_length=None), 1.0),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), required=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scales", nargs="+", type=float, default=list(GUIDANCE_SCALES))
+    parser.add_argument("--stage", choices=["train", "score", "all"], default="all")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on one thread")
+    parser.add_argument("--num_samples", type=int, default=1000, help="answers for each arm, seed and scale")
+    parser.add_argument("--max_steps", type=int, help="of each training, instead of the recipe's")
+    parser.add_argument("--distillation_scale", type=float, help="guidance scale of the arm `distilled`")
+    parser.add_argument("--results_dir", type=Path, default=ROOT / "examples/guidance/results")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of data/, recipes/ and outputs/")
+    return parser.parse_args()
+
+
+def arm_flags(task: Task, arm: str, seed: int, max_steps: int, distillation_scale: float) -> dict[str, Any]:
+    """The keys in which a training differs from the task's recipe."""
+    flags: dict[str, Any] = {
+        "model_name_or_path": task.outputs / f"untrained-{seed}",
+        "output_dir": task.outputs / f"{arm}-{seed}",
+        "seed": seed,
+        "noise_seed": seed,
+        "max_steps": max_steps,
+    }
+    if arm in ("unsupervised", "standard_unpaired", "distilled"):
+        flags |= {"unpaired_dataset": task.data / "unpaired.jsonl", "unpaired_fraction": UNPAIRED_FRACTION}
+    if arm in ("standard", "standard_unpaired"):
+        flags["prompt_dropout"] = DROPOUT
+    if arm == "distilled":
+        flags |= {
+            "model_name_or_path": task.outputs / f"unsupervised-{seed}",
+            "max_steps": max(max_steps // 4, 1),
+            "guidance_distillation_scale": distillation_scale,
+        }
+    return flags
+
+
+def train(verb: str, recipe: Path, flags: dict[str, Any]) -> None:
+    """Run `dlm-tune` unless its folder says that it has finished; its output goes to a log beside the folder."""
+    folder = Path(flags["output_dir"])
+    record = folder.with_suffix(".json")
+    if record.is_file():
+        return
+    arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    command = ["dlm-tune", verb, "--config", str(recipe), *arguments, "--overwrite_output_dir", "true"]
+    print("$", shlex.join(command), flush=True)
+    start = time.perf_counter()
+    with folder.with_suffix(".log").open("w") as log:
+        finished = subprocess.run(
+            [sys.executable, "-m", "dlm_tune", *command[1:]],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+    if finished.returncode:
+        tail = Path(log.name).read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{folder}: the training failed, its log {log.name} ends with\n{tail}")
+    seconds = time.perf_counter() - start
+    record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(seconds, 1)}) + "\n")
+    print(f"{folder}: {seconds:.0f} s", flush=True)
+
+
+def train_all(task: Task, arguments: argparse.Namespace) -> None:
+    """Write the untrained models, train the judge of fluency and all arms; `distilled` after the others."""
+    recipe = yaml.safe_load(task.recipe.read_text())
+    max_steps = arguments.max_steps or recipe["max_steps"]
+    scale = distillation_scale(task, arguments)
+    starts = {seed: f"untrained-{seed}" for seed in arguments.seeds}
+    if task.name == "category":
+        starts[JUDGE_SEED] = f"untrained-{JUDGE}"
+    for seed, name in starts.items():
+        if not (task.outputs / name / "model.safetensors").is_file():
+            write_checkpoint(task.data / "vocabulary.txt", task.outputs / name, task.num_layers, seed)
+    work = [
+        ("sft", task.recipe, arm_flags(task, arm, seed, max_steps, scale))
+        for arm in arguments.arms
+        for seed in arguments.seeds
+    ]
+    if task.name == "category":
+        judge = {"output_dir": task.outputs / JUDGE} | ({"max_steps": max_steps} if arguments.max_steps else {})
+        work.insert(0, ("pretrain", Path("recipes/guidance/pretrain/judge.yaml"), judge))
+    for is_distilled in (False, True):
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            part = [job for job in work if ("guidance_distillation_scale" in job[2]) == is_distilled]
+            list(pool.map(lambda job: train(*job), part))
+
+
+def distillation_scale(task: Task, arguments: argparse.Namespace) -> float:
+    return task.distillation_scale if arguments.distillation_scale is None else arguments.distillation_scale
+
+
+class Scorer:
+    """Prompts of a task and the judges of its answers."""
+
+    def __init__(self, task: Task, num_samples: int) -> None:
+        """Read the data and train or load the judges."""
+        self.task = task
+        if task.name == "category":
+            real = read_lines(task.data / "real_test.jsonl")
+            categories = sorted({row["category"] for row in real})
+            self.classifier = CategoryClassifier(read_lines(task.data / "classifier.jsonl"))
+            self.judge = load_model(str(task.outputs / JUDGE)).eval()
+            self.judge_tokenizer = load_tokenizer(str(task.outputs / JUDGE))
+            self.wanted = [categories[i * len(categories) // num_samples] for i in range(num_samples)]
+            self.rows = [{"prompt": f"{category} :", "completion": " -"} for category in self.wanted]
+            self.real = real
+        else:
+            self.rows = read_lines(task.data / "test.jsonl")[:num_samples]
+
+    def score(self, texts: list[str]) -> dict[str, float]:
+        """The figures of the answers to `rows`."""
+        if self.task.name == "g2p":
+            return phoneme_scores(texts, [row["references"] for row in self.rows])
+        return self._category_scores(texts, self.wanted)
+
+    def score_real(self) -> dict[str, float] | None:
+        """The figures of real held-out glosses, as many as fit the number of samples."""
+        if self.task.name == "g2p":
+            return None
+        real = self.real[:: max(1, len(self.real) // len(self.rows))][: len(self.rows)]
+        return self._category_scores([row["text"] for row in real], [row["category"] for row in real])
+
+    def _category_scores(self, texts: list[str], categories: list[str]) -> dict[str, float]:
+        canvas = self.task.sampling.max_new_tokens
+        cut = [" ".join(text.split()[: canvas - 1]) for text in texts]  # as long as a real gloss may be
+        return category_scores(cut, categories, self.classifier, self.judge, self.judge_tokenizer, canvas)
+
+
+def sample(task: Task, model: Any, tokenizer: Any, rows: list[dict], scale: float) -> tuple[list[str], dict[str, Any]]:
+    """Answers to `rows` with guidance, and what they cost."""
+    options = {"suppress_tokens": tokenizer.convert_tokens_to_ids([UNKNOWN, BOS, ":"])}
+    if scale:
+        options["guidance_scale"] = scale
+    config = DiffusionGenerationConfig(**{**vars(task.sampling), **options})
+    start = time.perf_counter()
+    completed = evaluate_completions(model, tokenizer, rows, config, batch_size=250, show_progress=False)
+    cost = {"sampling_seconds": round(time.perf_counter() - start, 2), "forward_passes": completed.num_forward_passes}
+    return [answer for _, _, answer in completed.samples], cost
+
+
+def score_all(task: Task, arguments: argparse.Namespace) -> None:
+    """Sample and score what the results lack."""
+    path = arguments.results_dir / f"{task.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scorer = Scorer(task, arguments.num_samples)
+    if task.name == "category" and not any(row["arm"] == "real" for row in read_lines(path)):
+        append(path, {"task": task.name, "arm": "real", "n": len(scorer.rows), **(scorer.score_real() or {})})
+    for arm in arguments.arms:
+        for seed in arguments.seeds:
+            folder = task.outputs / f"{arm}-{seed}"
+            known = {(row["arm"], row.get("seed"), row.get("guidance_scale")) for row in read_lines(path)}
+            missing = [scale for scale in arguments.scales if (arm, seed, scale) not in known]
+            if not missing or not folder.with_suffix(".json").is_file():
+                continue
+            training = json.loads(folder.with_suffix(".json").read_text())
+            model, tokenizer = load_model(str(folder)).eval(), load_tokenizer(str(folder))
+            for scale in missing:
+                texts, cost = sample(task, model, tokenizer, scorer.rows, scale)
+                key = {"task": task.name, "arm": arm, "seed": seed, "guidance_scale": scale, "n": len(texts)}
+                command = {"training_seconds": training["seconds"], "training_command": training["command"]}
+                append(path, {**key, **scorer.score(texts), **cost, **command, "samples": texts[:: len(texts) // 5]})
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(rounded) + "\n")
+    shown = {key: value for key, value in rounded.items() if not key.startswith(("training", "samples", "task"))}
+    print(" ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.results_dir = arguments.results_dir.resolve()
+    os.chdir(arguments.root)
+    torch.set_num_threads(1)
+    task = TASKS[arguments.task]
+    if not (task.data / "vocabulary.txt").is_file():
+        raise SystemExit(f"{task.data} is empty: run the script that writes the data first (see --help)")
+    if arguments.stage in ("train", "all"):
+        train_all(task, arguments)
+    if arguments.stage in ("score", "all"):
+        score_all(task, arguments)
+
+
+if __name__ == "__main__":
+    main()
