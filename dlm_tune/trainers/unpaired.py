@@ -21,9 +21,10 @@ def mix_unpaired(trainer: Any, unpaired_dataset: Dataset, is_chat: bool) -> Unpa
     first_target_position = 1 if trainer.logits_shift else 0
     with args.main_process_first(desc="preparing the unpaired rows"):
         rows = _as_answers(unpaired_dataset, args.dataset_text_field, is_chat)
-        rows = answers_without_prompts(trainer.tokenize_answers(rows, "unpaired"))
+    tokenised = trainer.tokenize_answers(rows, "unpaired")  # TRL lets the main process go first by itself
+    with args.main_process_first(desc="checking the tokenised unpaired rows"):
         rows = check_rows(
-            rows,
+            answers_without_prompts(tokenised),
             mask_token_id=trainer.mask_token_id,
             # behind a prompt of one token at least where nothing predicts the first token of a row
             max_length=None if args.max_length is None else args.max_length - first_target_position,

@@ -25,11 +25,12 @@ def train(output_dir, processes, batch_size, accumulation, packing):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return {packing: train(folder / packing, 1, 8, 1, packing)[0] for packing in ("padded", "packed")}
+    return {packing: train(folder / packing, 1, 8, 1, packing)[0] for packing in ("padded", "packed", "unpaired")}
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "packing"), [(4, 1, "padded"), (2, 2, "padded"), (2, 2, "packed")]
+    ("batch_size", "accumulation", "packing"),
+    [(4, 1, "padded"), (2, 2, "padded"), (2, 2, "packed"), (2, 2, "unpaired")],
 )
 def test_two_processes_equal_one(tmp_path, one_process, batch_size, accumulation, packing):
     one_process = one_process[packing]

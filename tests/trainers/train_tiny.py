@@ -1,6 +1,6 @@
 """Train a tiny model for a few steps and write what the trainer saw; run under torchrun by the tests beside it.
 
-Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS PACKING
+Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS padded|packed|unpaired
 """
 
 import json
@@ -15,6 +15,8 @@ from tests.tiny_models import tiny_llada, tiny_tokenizer
 
 ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(24)]
 PACKED_ROWS = [{"prompt": f"{i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(82)]  # 24 sequences of 32
+
+TEXTS = [{"text": "klmnopqrst"[: 1 + i % 9]} for i in range(5)]  # 8 of 32 rows in an epoch
 
 
 class RecordingTrainer(DiffusionTrainer):
@@ -32,7 +34,8 @@ class RecordingTrainer(DiffusionTrainer):
 
 def main() -> None:
     output_dir, batch_size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    packing = sys.argv[4] == "packed"
+    packing, unpaired = sys.argv[4] == "packed", sys.argv[4] == "unpaired"
+    parts = {"unpaired_fraction": 0.25, "prompt_dropout": 0.2, "prompt_noising": 0.2} if unpaired else {}
     torch.set_num_threads(1)
     arguments = DiffusionConfig(
         output_dir=str(output_dir),
@@ -51,11 +54,13 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **parts,
     )
     trainer = RecordingTrainer(
         model=tiny_llada(),
         args=arguments,
         train_dataset=Dataset.from_list(PACKED_ROWS if packing else ROWS),
+        unpaired_dataset=Dataset.from_list(TEXTS) if unpaired else None,
         eval_dataset=Dataset.from_list(ROWS[:7]),
         processing_class=tiny_tokenizer(),
     )
