@@ -7,7 +7,7 @@ imports from the rest of the package.
 
 from dlm_tune.diffusion.bounds import absorbing_log_scores, discrete_time_bound, discrete_time_steps, score_entropy
 from dlm_tune.diffusion.corruption import MASKINGS, NoisyBatch, corrupt
-from dlm_tune.diffusion.guidance import guided_logits, mask_prompt
+from dlm_tune.diffusion.guidance import guidance_keep_token_ids, guided_logits, mask_prompt
 from dlm_tune.diffusion.likelihood import (
     NELBOEstimate,
     enumerate_cross_entropy,
@@ -41,6 +41,7 @@ __all__ = [
     "enumerate_cross_entropy",
     "enumerate_nelbo",
     "geometric",
+    "guidance_keep_token_ids",
     "guided_logits",
     "loss_weights",
     "mask_prompt",

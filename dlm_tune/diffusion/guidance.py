@@ -9,9 +9,15 @@ Training and sampling call the same `mask_prompt`, so the branch that is sampled
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def guidance_keep_token_ids(config: Any) -> list[int]:
+    """Return the prompt tokens that the unconditional branch sees; none unless the model's config says so."""
+    return list(getattr(config, "guidance_keep_token_ids", None) or [])
 
 
 def mask_prompt(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 REMASKING_RULES = ("entropy", "low_confidence", "margin", "random")
 CONFIDENCE_SOURCES = ("predictive", "sampled")
+GUIDANCE_SCHEDULES = ("constant", "interval", "linear")
 
 
 @dataclass
@@ -35,6 +36,14 @@ class DiffusionGenerationConfig:
             (LLaDA's `confidence_eos_eot_inf`, at every temperature and without changing other confidences).
         suppress_tokens: token ids that are never proposed, for instance rows of the embedding without a token. The
             mask token never is.
+        guidance_scale: w of classifier-free guidance. Tokens follow `p_cond^(1 + w) p_uncond^(-w)`, normalised, where
+            the unconditional branch sees the prompt masked. 0 is no guidance and costs nothing, more follows the
+            prompt more, -1 ignores it. A guided step computes twice the rows.
+        guidance_schedule: how w depends on the share of the canvas that is committed: `constant`; `linear`, w times
+            the share (Muse, arXiv 2301.00704, section 2.7); or `interval`, w while the share lies in
+            `guidance_interval` and no second branch elsewhere (Kynkaanniemi et al., arXiv 2404.07724).
+        guidance_interval: `[start, end)` of the schedule `interval`, within 0 and 1.
+        guidance_batching: both branches as rows of one forward pass; otherwise two passes, of half the memory.
         seed: key of the noise; equal seeds give equal output, whatever else is in the batch.
         return_trace: also return the step at which each token was committed.
 
@@ -68,13 +77,30 @@ class DiffusionGenerationConfig:
         default=False, metadata={"help": "Commit end-of-sequence tokens last in their block."}
     )
     suppress_tokens: list[int] | None = field(default=None, metadata={"help": "Token ids never proposed."})
+    guidance_scale: float = field(
+        default=0.0, metadata={"help": "w of classifier-free guidance; 0 is none, more follows the prompt more."}
+    )
+    guidance_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "w over the committed share of the canvas: constant, rising from 0, or inside guidance_interval.",
+            "choices": list(GUIDANCE_SCHEDULES),
+        },
+    )
+    guidance_interval: list[float] | None = field(
+        default=None,
+        metadata={"help": "Start and end of guidance with guidance_schedule interval, as committed shares."},
+    )
+    guidance_batching: bool = field(
+        default=True, metadata={"help": "Both branches of guidance in one pass; false is two, of half the memory."}
+    )
     seed: int = field(default=0, metadata={"help": "Key of the sampling noise."})
     return_trace: bool = field(default=False, metadata={"help": "Return the step at which each token was committed."})
 
     def __post_init__(self) -> None:
         problems = [*self._type_problems()]
         if not problems:
-            problems = [*self._length_problems(), *self._rule_problems()]
+            problems = [*self._length_problems(), *self._rule_problems(), *self._guidance_problems()]
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
             raise ValueError(f"{count} in DiffusionGenerationConfig:\n  " + "\n  ".join(problems))
@@ -88,10 +114,11 @@ class DiffusionGenerationConfig:
         expected: list[tuple[str, Callable[[object], bool], str]] = [
             *((name, _is_int, "an integer") for name in ("max_new_tokens", "steps", "seed")),
             ("block_length", lambda value: value is None or _is_int(value), "an integer or null"),
-            ("temperature", lambda value: _is_int(value) or isinstance(value, float), "a number"),
-            *((name, lambda value: isinstance(value, str), "a name") for name in ("remasking", "confidence_from")),
+            *((name, _is_number, "a number") for name in ("temperature", "guidance_scale")),
+            *((name, lambda value: isinstance(value, str), "a name") for name in _NAMES),
             *((name, lambda value: isinstance(value, bool), "true or false") for name in _BOOLEANS),
             *((name, _is_token_list, "a list of token ids, or null") for name in ("eos_token_ids", "suppress_tokens")),
+            ("guidance_interval", _is_pair, "two numbers, the start and the end, or null"),
         ]
         for name, is_valid, description in expected:
             value = getattr(self, name)
@@ -127,12 +154,64 @@ class DiffusionGenerationConfig:
                 "end-of-sequence tokens. Set one of the two."
             )
 
+    def _guidance_problems(self) -> Iterable[str]:
+        if not math.isfinite(self.guidance_scale):
+            yield f"guidance_scale={self.guidance_scale} is no power of a probability. Use a finite number; 0 is none."
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            yield unknown_name("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
+        if self.guidance_interval is None:
+            return
+        start, end = self.guidance_interval
+        if not 0 <= start < end <= 1:
+            yield (
+                f"guidance_interval={self.guidance_interval} holds no committed share of the canvas. Use two numbers "
+                "with 0 <= start < end <= 1, for example [0.2, 0.8]."
+            )
+        if self.guidance_schedule != "interval":
+            yield (
+                f"guidance_interval={self.guidance_interval} has no effect with guidance_schedule="
+                f"'{self.guidance_schedule}'. Set guidance_schedule='interval', or leave the interval out."
+            )
 
-_BOOLEANS = ("stop_at_eos", "suppress_eos", "suppress_eos_confidence", "return_trace")
+    def check_guidance(self, *, has_row_scales: bool = False) -> None:
+        """Check what only a whole set of options can tell; `generate` does, and commands before they load a model.
+
+        Args:
+            has_row_scales: guidance scales are given row by row, instead of `guidance_scale`.
+
+        Raises:
+            ValueError: options of guidance without effect, or a schedule without its interval.
+        """
+        if self.guidance_schedule == "interval" and self.guidance_interval is None:
+            raise ValueError(
+                "guidance_schedule='interval' needs guidance_interval, the committed shares between which to guide, "
+                "for example [0.2, 0.8]."
+            )
+        if has_row_scales or self.guidance_scale != 0:
+            return
+        for name in ("guidance_schedule", "guidance_interval", "guidance_batching"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with guidance_scale=0. Set guidance_scale, for example to 1, or "
+                    f"leave {name} at {default!r}."
+                )
+
+
+_NAMES = ("remasking", "confidence_from", "guidance_schedule")
+_BOOLEANS = ("stop_at_eos", "suppress_eos", "suppress_eos_confidence", "guidance_batching", "return_trace")
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_pair(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)))
 
 
 def _is_token_list(value: object) -> bool:

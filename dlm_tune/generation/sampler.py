@@ -9,8 +9,8 @@ same distribution as LLaDA's `argmax(logits - T log(-log u))` with one Gumbel nu
 the noise. Both must be float64: the largest Gumbel number that float32 uniforms can give is 16.6, which cuts the tail
 of the distribution and so lowers its effective temperature (Zheng et al. 2024, arXiv 2409.02908).
 
-Where other methods belong: guidance and caches in `predict_logits`, an adaptive number of tokens a step in
-`transfer_counts`, rules that mask committed tokens again after `Canvas.commit`.
+Where other methods belong: caches in `predict_logits`, more branches of guidance in `predict_step`, an adaptive number
+of tokens a step in `transfer_counts`, rules that mask committed tokens again after `Canvas.commit`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from dlm_tune.diffusion.noise import NoiseStream, counter_uniform
 from dlm_tune.generation.canvas import Canvas, make_canvas
 from dlm_tune.generation.confidence import CONFIDENCE_FUNCTIONS
 from dlm_tune.generation.config import DiffusionGenerationConfig, unknown_name
+from dlm_tune.generation.guidance import StepLogits, make_guidance, predict_step
 
 # One float64 tensor of this many elements is 64 MiB; the largest step holds about three of them at a time.
 _MAX_CHUNK_ELEMENTS = 2**23
@@ -41,7 +42,10 @@ class DiffusionGenerationOutput:
     Attributes:
         sequences: `(B, P + max_new_tokens)` long: the prompts as given, then the new tokens. After the end-of-sequence
             token that ended a row come the model's padding tokens (that end-of-sequence token where it has none).
-        num_forward_passes: calls of the model, each on the rows still running.
+        num_forward_passes: calls of the model, each on the rows still running. Guidance makes one call a step on both
+            branches, or two calls with `guidance_batching=False`.
+        num_row_passes: rows that went through the model, summed over its calls: what generation cost. A row that is
+            guided in a step counts twice.
         trace: `(B, max_new_tokens)` long, the step that committed each token, -1 after the end of a row (also where a
             token right of the end was committed before the row ended, and then discarded); None unless
             `return_trace`. Where it is not -1, the canvas after step k is `where(trace <= k, new tokens, mask)`.
@@ -49,6 +53,7 @@ class DiffusionGenerationOutput:
 
     sequences: Tensor
     num_forward_passes: int
+    num_row_passes: int
     trace: Tensor | None = None
 
 
@@ -59,6 +64,9 @@ def generate(
     generation_config: DiffusionGenerationConfig | None = None,
     *,
     row_keys: Tensor | None = None,
+    guidance_scales: Tensor | None = None,
+    negative_input_ids: Tensor | None = None,
+    negative_attention_mask: Tensor | None = None,
     on_step: StepCallback | None = None,
     **overrides: Any,
 ) -> DiffusionGenerationOutput:
@@ -75,6 +83,11 @@ def generate(
         generation_config: options; the defaults if None.
         row_keys: `(B,)` integers that key the noise of each row, by default its index. Pass data-set indices to make
             samples independent of how rows are batched.
+        guidance_scales: `(B,)` guidance scale of each row, instead of `guidance_scale` of the configuration. Rows of
+            scale 0 have no second branch.
+        negative_input_ids: `(B, Q)` prompts to steer away from, padded on the left: the second branch of guidance sees
+            them before the canvas instead of the masked prompts.
+        negative_attention_mask: `(B, Q)`, 0 at their padding; None when nothing is padded.
         on_step: called as `on_step(step, block, sequences)` after each step, with the live `(B, P + max_new_tokens)`
             canvas, masks included; it must not be changed.
         **overrides: fields of the configuration that replace those of `generation_config`.
@@ -92,22 +105,26 @@ def generate(
         )
     row_keys = row_keys.to(input_ids.device)
     proposer = _Proposer.build(model.config, config, _eos_token_ids(model, config))
-    num_forward_passes = 0
+    guidance = make_guidance(
+        model.config, config, canvas, guidance_scales, negative_input_ids, negative_attention_mask
+    )
+    num_forward_passes, num_row_passes = 0, 0
     # no_grad and not inference_mode: sequences may be scored with gradients afterwards.
     with torch.no_grad(), _evaluation_mode(model):
         for step, block, columns, counts in _plan(canvas, config):
             rows = (canvas.is_masked[:, columns].any(1) & (counts > 0)).nonzero().squeeze(1)
             if not len(rows):
                 continue
-            _run_step(model, canvas, rows, columns, counts[rows], proposer, row_keys[rows], step)
-            num_forward_passes += 1
+            logits, num_calls, num_rows = predict_step(model, canvas, rows, columns, guidance)
+            _commit_best(logits, canvas, rows, columns, counts[rows], proposer, row_keys[rows], step)
+            num_forward_passes, num_row_passes = num_forward_passes + num_calls, num_row_passes + num_rows
             if config.stop_at_eos and proposer.eos_token_ids:
                 eos_token_ids = torch.tensor(proposer.eos_token_ids, device=input_ids.device)
                 canvas.end_rows(eos_token_ids, _fill_token_id(model.config, proposer.eos_token_ids))
             if on_step is not None:
                 on_step(step, block, canvas.tokens)
     return DiffusionGenerationOutput(
-        canvas.tokens, num_forward_passes, canvas.committed_at if config.return_trace else None
+        canvas.tokens, num_forward_passes, num_row_passes, canvas.committed_at if config.return_trace else None
     )
 
 
@@ -134,19 +151,8 @@ def transfer_counts(num_masked: Tensor, num_steps: int) -> Tensor:
     return base[:, None] + (torch.arange(num_steps, device=num_masked.device) < remainder[:, None]).long()
 
 
-def predict_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_mask: Tensor) -> Tensor:
-    """Logits `(N, V)` at the `N` true positions of `position_mask` `(B, T)`, in row-major order."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, position_mask=position_mask).logits
-    if logits.ndim != 2:
-        raise TypeError(
-            f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} and so ignores position_mask: "
-            "it is not a diffusion language model of dlm_tune. Load it with dlm_tune.load_model."
-        )
-    return logits
-
-
-def _run_step(
-    model: Any,
+def _commit_best(
+    logits: StepLogits,
     canvas: Canvas,
     rows: Tensor,
     columns: slice,
@@ -155,17 +161,13 @@ def _run_step(
     row_keys: Tensor,
     step: int,
 ) -> None:
-    """One forward pass on `rows`, proposals at the masked positions of the block, the best `counts` committed."""
-    position_mask = torch.zeros_like(canvas.is_masked[rows])
-    position_mask[:, columns] = block_mask = canvas.is_masked[rows, columns]
-    attention_mask = None if canvas.attention_mask is None else canvas.attention_mask[rows]
-    logits = predict_logits(model, canvas.tokens[rows], attention_mask, position_mask)
-
+    """Proposals at the masked positions of the block, whose logits are given; the best `counts` are committed."""
+    block_mask = canvas.is_masked[rows, columns]
     row, column = block_mask.nonzero(as_tuple=True)
     noise_keys = (row_keys[row], step, column + (columns.start - canvas.prompt_length))
     tokens, confidence = proposer.propose(logits, noise_keys)
     proposals = torch.zeros_like(block_mask, dtype=torch.long).masked_scatter(block_mask, tokens)
-    ranking = torch.full(block_mask.shape, -torch.inf, dtype=torch.float64, device=logits.device)
+    ranking = torch.full(block_mask.shape, -torch.inf, dtype=torch.float64, device=block_mask.device)
     ranking = ranking.masked_scatter(block_mask, confidence)
     # Stable: equal confidences are committed from left to right on every device.
     rank = ranking.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -192,7 +194,7 @@ class _Proposer:
         forbidden.update(eos_token_ids if config.suppress_eos else [])
         return cls(config, sorted(forbidden), eos_token_ids)
 
-    def propose(self, logits: Tensor, noise_keys: tuple[Tensor | int, ...]) -> tuple[Tensor, Tensor]:
+    def propose(self, logits: StepLogits, noise_keys: tuple[Tensor | int, ...]) -> tuple[Tensor, Tensor]:
         """Tokens and confidences, `(N,)` long and float64, from logits `(N, V)` of any dtype."""
         if self.forbidden_ids[-1] >= logits.shape[-1]:
             raise ValueError(
@@ -204,9 +206,8 @@ class _Proposer:
             for draw in (_TOKEN_DRAW, _ORDER_DRAW)
         ]
         chunk = max(1, _MAX_CHUNK_ELEMENTS // logits.shape[-1])
-        parts = [
-            self._propose_chunk(*part) for part in zip(*(x.split(chunk) for x in (logits, *uniforms)), strict=True)
-        ]
+        slices = [slice(start, start + chunk) for start in range(0, logits.shape[0], chunk)]
+        parts = [self._propose_chunk(logits[rows], *(uniform[rows] for uniform in uniforms)) for rows in slices]
         tokens, confidence = (torch.cat(part) for part in zip(*parts, strict=True))
         if self.config.suppress_eos_confidence:
             is_eos = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device))

@@ -5,10 +5,11 @@ Importing this package registers LLaDA and Dream with transformers' Auto classes
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from dlm_tune.diffusion import guidance_keep_token_ids
 from dlm_tune.models.adapter_facts import write_adapter_facts
 from dlm_tune.models.documents import check_packed_attention
 from dlm_tune.models.dream import DreamConfig, DreamModel
-from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids, guidance_keep_token_ids
+from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
 from dlm_tune.models.loading import load_model
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores

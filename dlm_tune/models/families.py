@@ -74,8 +74,3 @@ def end_of_turn_ids(tokenizer: Any) -> set[int]:
     """Return the ids of the tokens that end a chat turn, of any family, in a tokenizer's vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return {vocabulary[f.end_of_turn_token] for f in FAMILIES.values() if f.end_of_turn_token in vocabulary}
-
-
-def guidance_keep_token_ids(config: Any) -> list[int]:
-    """Return the prompt tokens that the unconditional branch of guidance sees; none unless the config says so."""
-    return list(getattr(config, "guidance_keep_token_ids", None) or [])
