@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from dlm_tune.models.checkpoint_files import read_json
 
 _KEY = "dlm_tune"
-_FACTS = ("guidance_keep_token_ids",)
+_FACTS = ("guidance_keep_token_ids", "guidance_distillation_scale")
 
 
 def write_adapter_facts(directory: str | Path, config: PreTrainedConfig) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainers.train_tiny import VARIANTS
+
 ROOT = Path(__file__).parents[2]
 
 
-def train(output_dir, processes, batch_size, accumulation, packing):
+def train(output_dir, processes, batch_size, accumulation, variant):
     output_dir.mkdir(parents=True)
-    command = ["-m", "tests.trainers.train_tiny", str(output_dir), str(batch_size), str(accumulation), packing]
+    command = ["-m", "tests.trainers.train_tiny", str(output_dir), str(batch_size), str(accumulation), variant]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -25,16 +27,16 @@ def train(output_dir, processes, batch_size, accumulation, packing):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return {packing: train(folder / packing, 1, 8, 1, packing)[0] for packing in ("padded", "packed", "unpaired")}
+    return {variant: train(folder / variant, 1, 8, 1, variant)[0] for variant in VARIANTS}
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "packing"),
-    [(4, 1, "padded"), (2, 2, "padded"), (2, 2, "packed"), (2, 2, "unpaired")],
+    ("batch_size", "accumulation", "variant"),
+    [(4, 1, "padded"), *((2, 2, variant) for variant in VARIANTS)],
 )
-def test_two_processes_equal_one(tmp_path, one_process, batch_size, accumulation, packing):
-    one_process = one_process[packing]
-    ranks = train(tmp_path / "out", 2, batch_size, accumulation, packing)
+def test_two_processes_equal_one(tmp_path, one_process, batch_size, accumulation, variant):
+    one_process = one_process[variant]
+    ranks = train(tmp_path / "out", 2, batch_size, accumulation, variant)
     assert [rank["num_processes"] for rank in ranks] == [2, 2]
     for ours, theirs in zip(ranks[0]["log"], one_process["log"], strict=True):
         for key in ("loss", "nelbo", "grad_norm", "masked_accuracy", "num_tokens", "fraction_masked"):

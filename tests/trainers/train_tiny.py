@@ -1,6 +1,6 @@
 """Train a tiny model for a few steps and write what the trainer saw; run under torchrun by the tests beside it.
 
-Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS padded|packed|unpaired
+Usage: train_tiny.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE ACCUMULATION_STEPS VARIANT
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from tests.tiny_models import tiny_llada, tiny_tokenizer
@@ -17,6 +18,16 @@ ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i 
 PACKED_ROWS = [{"prompt": f"{i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(82)]  # 24 sequences of 32
 
 TEXTS = [{"text": "klmnopqrst"[: 1 + i % 9]} for i in range(5)]  # 8 of 32 rows in an epoch
+
+
+VARIANTS = {
+    "padded": {},
+    "packed": {},
+    "unpaired": {"unpaired_fraction": 0.25, "prompt_dropout": 0.2, "prompt_noising": 0.2},
+    "distilled": {"guidance_distillation_scale": 1.5, "prompt_dropout": 0.2},
+    "distilled_adapter": {"guidance_distillation_scale": 1.5},
+}
+ADAPTER = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
 
 
 class RecordingTrainer(DiffusionTrainer):
@@ -34,8 +45,9 @@ class RecordingTrainer(DiffusionTrainer):
 
 def main() -> None:
     output_dir, batch_size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    packing, unpaired = sys.argv[4] == "packed", sys.argv[4] == "unpaired"
-    parts = {"unpaired_fraction": 0.25, "prompt_dropout": 0.2, "prompt_noising": 0.2} if unpaired else {}
+    variant = sys.argv[4]
+    packing, unpaired = variant == "packed", variant == "unpaired"
+    parts = VARIANTS[variant]
     torch.set_num_threads(1)
     arguments = DiffusionConfig(
         output_dir=str(output_dir),
@@ -63,6 +75,7 @@ def main() -> None:
         unpaired_dataset=Dataset.from_list(TEXTS) if unpaired else None,
         eval_dataset=Dataset.from_list(ROWS[:7]),
         processing_class=tiny_tokenizer(),
+        peft_config=ADAPTER if variant == "distilled_adapter" else None,
     )
     trainer.train()
     metrics = trainer.evaluate()
