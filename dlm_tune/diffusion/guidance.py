@@ -45,7 +45,9 @@ def guided_logits(cond_logits: Tensor, uncond_logits: Tensor, guidance_scale: fl
     """Return `uncond + (1 + w)(cond - uncond)`, whose softmax is proportional to `p_cond^(1+w) p_uncond^(-w)`.
 
     Logits serve as well as log-probabilities: a constant per branch and position vanishes in the normalisation. Remove
-    the mask token and suppressed tokens from the RESULT: infinities in a branch would give NaN.
+    the mask token and suppressed tokens from the RESULT. Where a branch excludes a token (-inf, or the least number of
+    its type) the result is the limit of the formula, without NaN: a token that the conditional branch excludes stays
+    excluded for w > -1.
 
     Args:
         cond_logits: (N, V) of any float type.
@@ -53,10 +55,13 @@ def guided_logits(cond_logits: Tensor, uncond_logits: Tensor, guidance_scale: fl
         guidance_scale: w; 0 gives the conditional branch, -1 the unconditional one. A number, or (N,).
 
     Returns:
-        (N, V) unnormalised log-probabilities, float32 (float64 if a branch is).
+        (N, V) unnormalised log-probabilities, float32 (float64 if a branch is), finite.
     """
     dtype = torch.promote_types(torch.promote_types(cond_logits.dtype, uncond_logits.dtype), torch.float32)
-    cond, uncond = cond_logits.to(dtype), uncond_logits.to(dtype)
+    # finite, so that no difference is inf - inf; in float32's range, so that dividing by a temperature is safe later
+    limits = torch.finfo(torch.float32)
+    cond, uncond = (logits.to(dtype).clamp(min=limits.min) for logits in (cond_logits, uncond_logits))
     scale = guidance_scale.to(dtype)[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
     # the branch itself where w is 0 or -1, not its rounding
-    return torch.lerp(uncond, cond, torch.as_tensor(1 + scale, dtype=dtype, device=cond.device))
+    guided = uncond.lerp_(cond, torch.as_tensor(1 + scale, dtype=dtype, device=cond.device))
+    return guided.clamp_(limits.min, limits.max)

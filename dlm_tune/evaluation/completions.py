@@ -32,6 +32,7 @@ class CompletionReport:
         error_rate: sum of edit distances over the sum of reference lengths, in characters or words; may exceed 1.
         num_rows: rows evaluated.
         num_forward_passes: calls of the model.
+        num_row_passes: rows that went through the model; a row that is guided in a step counts twice.
         samples: `(prompt, reference, generated)` texts in the order of the rows. The prompt of a conversation is its
             last message.
     """
@@ -41,6 +42,7 @@ class CompletionReport:
     error_rate: float
     num_rows: int
     num_forward_passes: int
+    num_row_passes: int
     samples: list[tuple[str, str, str]] = field(repr=False)
 
 
@@ -80,7 +82,7 @@ def evaluate_completions(
     if not rows:
         raise ValueError("the data set has no rows: there is nothing to evaluate.")
     config = config_for_tokenizer(generation_config or DiffusionGenerationConfig(), tokenizer, model)
-    generated, num_forward_passes = _generate_texts(
+    generated, num_forward_passes, num_row_passes = _generate_texts(
         model, tokenizer, [row["prompt"] for row in rows], config, batch_size, show_progress
     )
     references = [row["reference"] for row in rows]
@@ -94,6 +96,7 @@ def evaluate_completions(
         error_rate=edit_error_rate(generated, references, error_unit),
         num_rows=len(rows),
         num_forward_passes=num_forward_passes,
+        num_row_passes=num_row_passes,
         samples=list(zip(shown, references, generated, strict=True)),
     )
 
@@ -113,24 +116,25 @@ def _generate_texts(
     config: DiffusionGenerationConfig,
     batch_size: int,
     show_progress: bool,
-) -> tuple[list[str], int]:
-    """Generated texts in the order of `prompts`, and the forward passes; the longest prompts run first."""
+) -> tuple[list[str], int, int]:
+    """Generated texts in the order of `prompts`, forward passes and rows in them; the longest prompts run first."""
     token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(token_ids[index]))
     device = next(model.parameters()).device
     texts = [""] * len(prompts)
-    num_forward_passes = 0
+    num_forward_passes, num_row_passes = 0, 0
     with tqdm(total=len(prompts), desc="Generating", unit="row", disable=not show_progress) as progress:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = pad_prompts([token_ids[index] for index in batch], tokenizer.pad_token_id, device)
             output = generate(model, *inputs, config, row_keys=torch.tensor(batch))
             num_forward_passes += output.num_forward_passes
+            num_row_passes += output.num_row_passes
             new_tokens = output.sequences[:, inputs[0].shape[1] :].tolist()
             for index, row in zip(batch, new_tokens, strict=True):
                 texts[index] = decode_completion(tokenizer, row, config.eos_token_ids or []).strip()
             progress.update(len(batch))
-    return texts, num_forward_passes
+    return texts, num_forward_passes, num_row_passes
 
 
 def _read_row(row: Mapping[str, Any], index: int, eos_token: str | None) -> dict[str, Any]:

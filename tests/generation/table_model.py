@@ -98,3 +98,27 @@ def _choices(masked, tokens, table, remasking, confidence_from, count):
         }[remasking]
 
     return [(sorted(pairs, key=score, reverse=True)[:count], 1.0)]
+
+
+class GuidedTable:
+    """What guidance makes of a `JointModel` whose first token is the prompt, by the formula in probabilities.
+
+    Stands for the model in `exact_law`, on the canvas behind that prompt.
+    """
+
+    def __init__(self, model: JointModel, prompt: int, guidance_scale: float, other_prompt: int | None = None):
+        self.model, self.prompt, self.guidance_scale = model, prompt, guidance_scale
+        self.mask_token_id = model.mask_token_id
+        self.other_prompt = self.mask_token_id if other_prompt is None else other_prompt
+        self.states = list(itertools.product(range(self.mask_token_id + 1), repeat=len(model.states[0]) - 1))
+
+    def probabilities(self, state: tuple[int, ...]) -> list[list[float]]:
+        cond = self.model.probabilities((self.prompt, *state))[1:]
+        other = self.model.probabilities((self.other_prompt, *state))[1:]
+        pairs = zip(state, cond, other, strict=True)
+        return [self._guided(*pair) if v == self.mask_token_id else pair[0] for v, *pair in pairs]
+
+    def _guided(self, cond: list[float], other: list[float]) -> list[float]:
+        w = self.guidance_scale
+        weights = [p ** (1 + w) / q**w for p, q in zip(cond, other, strict=True)]
+        return [weight / sum(weights) for weight in weights]
