@@ -19,6 +19,7 @@ _PUBLIC_NAMES = {
     "load_tokenizer": "dlm_tune.models",
     "generate": "dlm_tune.generation",
     "DiffusionGenerationConfig": "dlm_tune.generation",
+    "ClassifierGuidance": "dlm_tune.diffusion",
     "estimate_nelbo": "dlm_tune.evaluation",
     "log_likelihood": "dlm_tune.evaluation",
 }

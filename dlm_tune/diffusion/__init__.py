@@ -6,6 +6,7 @@ imports from the rest of the package.
 """
 
 from dlm_tune.diffusion.bounds import absorbing_log_scores, discrete_time_bound, discrete_time_steps, score_entropy
+from dlm_tune.diffusion.classifier_guidance import ClassifierGuidance, ClassifierLogProb, classifier_guided_logits
 from dlm_tune.diffusion.corruption import MASKINGS, NoisyBatch, corrupt
 from dlm_tune.diffusion.guidance import guidance_keep_token_ids, guided_logits, mask_prompt
 from dlm_tune.diffusion.likelihood import (
@@ -28,11 +29,14 @@ __all__ = [
     "NOISE_SCHEDULES",
     "NORMALIZATIONS",
     "TIMESTEP_SAMPLERS",
+    "ClassifierGuidance",
+    "ClassifierLogProb",
     "NELBOEstimate",
     "NoiseSchedule",
     "NoiseStream",
     "NoisyBatch",
     "absorbing_log_scores",
+    "classifier_guided_logits",
     "corrupt",
     "count_items",
     "counter_uniform",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlm_tune.diffusion.classifier_guidance import ClassifierGuidance, classifier_guided_logits
 from dlm_tune.diffusion.guidance import guidance_keep_token_ids, guided_logits, mask_prompt
 from dlm_tune.generation.canvas import Canvas, make_canvas
 from dlm_tune.generation.config import DiffusionGenerationConfig
@@ -143,7 +144,8 @@ def make_guidance(
         negative_attention_mask: `(B, Q)`, 0 at padding, or None.
 
     Raises:
-        ValueError: options without effect, scales or negative prompts that do not fit the rows, or nothing to hide.
+        ValueError: options without effect, scales or negative prompts that do not fit the rows, or no row in which
+            `config.guidance_scale` has a prompt to hide.
     """
     tokens, num_new = canvas.tokens, canvas.tokens.shape[1] - canvas.prompt_length
     config.check_guidance(has_row_scales=guidance_scales is not None)
@@ -170,13 +172,18 @@ def make_guidance(
     hidden = mask_prompt(prompts, is_prompt, model_config.mask_token_id, guidance_keep_token_ids(model_config))
     # Branches that see the same agree, whatever the scale.
     differs = (hidden != prompts).any(1)
-    if not bool((differs & (scales != 0)).any()):
-        given = f"guidance_scale={config.guidance_scale}" if guidance_scales is None else "guidance_scales"
+    if guidance_scales is None and not bool(differs.any()):
         raise ValueError(
-            f"{given} cannot guide: the prompts are empty or hold kept tokens only, so that the unconditional branch "
-            "sees what the conditional one sees. Give prompts, negative_input_ids, or guidance_scale=0."
+            f"guidance_scale={config.guidance_scale} cannot guide: the prompts are empty or hold kept tokens only, so "
+            "that the unconditional branch sees what the conditional one sees. Give prompts, negative_input_ids, or "
+            "guidance_scale=0."
         )
     return Guidance(config, scales.where(differs, 0.0), hidden, canvas.attention_mask)
+
+
+def row_scales(config: DiffusionGenerationConfig, num_rows: int) -> Tensor | None:
+    """The configured scale, row by row: for one batch of several, which may happen to hold no prompt to hide."""
+    return torch.full((num_rows,), config.guidance_scale, dtype=torch.float64) if config.guidance_scale else None
 
 
 def _check_scales(guidance_scales: Tensor, num_rows: int) -> Tensor:
@@ -218,11 +225,8 @@ def predict_step(
     Returns:
         Logits `(N, V)` at the `N` masked positions, in row-major order; calls of the model; rows in these calls.
     """
-    position_mask = torch.zeros_like(canvas.is_masked[rows])
-    position_mask[:, columns] = canvas.is_masked[rows, columns]
-    cond = BranchInputs(
-        canvas.tokens[rows], None if canvas.attention_mask is None else canvas.attention_mask[rows], position_mask
-    )
+    attention_mask = None if canvas.attention_mask is None else canvas.attention_mask[rows]
+    cond = BranchInputs(canvas.tokens[rows], attention_mask, _wanted_positions(canvas, rows, columns))
     scales = None if guidance is None else guidance.step_scales(canvas, rows)
     if guidance is None or scales is None or not bool((scales != 0).any()):
         return predict_logits(model, cond), 1, len(rows)
@@ -235,6 +239,45 @@ def predict_step(
     logits = predict_logits(model, _stack(cond, other))
     num_positions = len(position_scales)
     return GuidedLogits(logits[:num_positions], logits[num_positions:], position_scales), 1, num_rows
+
+
+def steer_step(
+    logits: StepLogits,
+    canvas: Canvas,
+    rows: Tensor,
+    columns: slice,
+    classifier: ClassifierGuidance | None,
+    forbidden_ids: list[int],
+) -> StepLogits:
+    """The logits of `predict_step`, tilted by the classifier if there is one.
+
+    Raises:
+        TypeError: a classifier that is no `ClassifierGuidance`.
+        ValueError: scores that cannot guide.
+    """
+    if classifier is None:
+        return logits
+    if not isinstance(classifier, ClassifierGuidance):
+        raise TypeError(
+            f"classifier is a {type(classifier).__name__}: pass ClassifierGuidance(log_prob, scale=...), whose "
+            "log_prob gives log p(y | x)."
+        )
+    return classifier_guided_logits(
+        logits[:],
+        canvas.tokens[rows],
+        _wanted_positions(canvas, rows, columns),
+        classifier,
+        attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[rows],
+        rows=rows,
+        forbidden_ids=forbidden_ids,
+    )
+
+
+def _wanted_positions(canvas: Canvas, rows: Tensor, columns: slice) -> Tensor:
+    """`(R, T)` bool, the masked positions of a block."""
+    position_mask = torch.zeros_like(canvas.is_masked[rows])
+    position_mask[:, columns] = canvas.is_masked[rows, columns]
+    return position_mask
 
 
 def _stack(*branches: BranchInputs) -> BranchInputs:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlm_tune.diffusion.classifier_guidance import ClassifierGuidance
 from dlm_tune.diffusion.noise import NoiseStream, counter_uniform
 from dlm_tune.generation.canvas import Canvas, make_canvas
 from dlm_tune.generation.confidence import CONFIDENCE_FUNCTIONS
 from dlm_tune.generation.config import DiffusionGenerationConfig, unknown_name
-from dlm_tune.generation.guidance import StepLogits, make_guidance, predict_step
+from dlm_tune.generation.guidance import StepLogits, make_guidance, predict_step, steer_step
 
 # One float64 tensor of this many elements is 64 MiB; the largest step holds about three of them at a time.
 _MAX_CHUNK_ELEMENTS = 2**23
@@ -67,6 +68,7 @@ def generate(
     guidance_scales: Tensor | None = None,
     negative_input_ids: Tensor | None = None,
     negative_attention_mask: Tensor | None = None,
+    classifier: ClassifierGuidance | None = None,
     on_step: StepCallback | None = None,
     **overrides: Any,
 ) -> DiffusionGenerationOutput:
@@ -88,13 +90,16 @@ def generate(
         negative_input_ids: `(B, Q)` prompts to steer away from, padded on the left: the second branch of guidance sees
             them before the canvas instead of the masked prompts.
         negative_attention_mask: `(B, Q)`, 0 at their padding; None when nothing is padded.
+        classifier: `log p(y | x)` that steers every step, also beside a guidance scale. It sees prompt and canvas, and
+            knows the rows of the batch by their index.
         on_step: called as `on_step(step, block, sequences)` after each step, with the live `(B, P + max_new_tokens)`
             canvas, masks included; it must not be changed.
         **overrides: fields of the configuration that replace those of `generation_config`.
 
     Raises:
         ValueError: options or prompts that cannot be honoured.
-        TypeError: an unknown option, or a model without the `position_mask` mode.
+        TypeError: an unknown option, a classifier that is no `ClassifierGuidance`, or a model without the
+            `position_mask` mode.
     """
     config = with_overrides(generation_config or DiffusionGenerationConfig(), overrides)
     canvas = make_canvas(input_ids, attention_mask, config.max_new_tokens, model.config)
@@ -116,6 +121,7 @@ def generate(
             if not len(rows):
                 continue
             logits, num_calls, num_rows = predict_step(model, canvas, rows, columns, guidance)
+            logits = steer_step(logits, canvas, rows, columns, classifier, proposer.forbidden_ids)
             _commit_best(logits, canvas, rows, columns, counts[rows], proposer, row_keys[rows], step)
             num_forward_passes, num_row_passes = num_forward_passes + num_calls, num_row_passes + num_rows
             if config.stop_at_eos and proposer.eos_token_ids:
