@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from rapidfuzz.distance import Levenshtein
 
+from dlm_tune.diffusion import mask_prompt
 from dlm_tune.evaluation.likelihood import estimate_nelbo
 
 UNKNOWN = "<unk>"
-NUM_NOISE_SAMPLES = 16  # forward passes of the judge of fluency for each gloss
+NUM_NOISE_SAMPLES = 8  # forward passes of the judge of fluency for each gloss
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -92,6 +93,26 @@ def fluency(judge: Any, tokenizer: Any, texts: Sequence[str], canvas: int, batch
         ]
     )
     return ratio_and_error("nelbo", nats.tolist(), [len(row) + 1 for row in rows])
+
+
+def branch_nelbo(
+    name: str, model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], canvas: int, *, hide_prompts: bool
+) -> dict[str, float]:
+    """NELBO of the completions of pairs, in nats per word, EOS counted as in `fluency`; with prompts masked or not."""
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    answers = [tokenizer(row["completion"])["input_ids"] for row in rows]
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        members = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        filled = [answers[i] + [tokenizer.eos_token_id] * (canvas - len(answers[i])) for i in members]
+        input_ids = torch.tensor([prompts[i] + row for i, row in zip(members, filled, strict=True)])
+        is_prompt = torch.zeros_like(input_ids, dtype=torch.bool)
+        is_prompt[:, :length] = True
+        if hide_prompts:
+            input_ids = mask_prompt(input_ids, is_prompt, model.config.mask_token_id)
+        keys = torch.tensor(members)
+        nats[keys] = estimate_nelbo(model, input_ids, ~is_prompt, num_samples=NUM_NOISE_SAMPLES, row_keys=keys).nats
+    return ratio_and_error(name, nats.tolist(), [len(answer) + 1 for answer in answers])
 
 
 def category_scores(

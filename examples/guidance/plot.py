@@ -29,6 +29,7 @@ ARM_NAMES = {
     "standard_unpaired": "unpaired text and dropout",
     "distilled": "distilled",
 }
+REAL = {"real": "real glosses", "real_known_words": "real, no unknown word"}
 COLOURS = dict(zip(ARM_NAMES, ("#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
 LABELS = {
     "guidance_scale": "guidance scale w",
@@ -82,8 +83,16 @@ def draw(rows: list[dict[str, Any]], x: str, y: str, path: Path) -> None:
             elinewidth=0.8, capsize=1.5,
         )  # fmt: skip
         axes.plot(xs[:1], ys[:1], marker="o", markersize=6, markerfacecolor="white", color=COLOURS[arm], linewidth=0)
-    for row in (row for row in rows if row["arm"] == "real" and x in row):
-        axes.plot(row[x], row[y], marker="*", markersize=9, color="black", linewidth=0, label="real glosses")
+    for row in (row for row in rows if row["arm"] in REAL and x in row):
+        axes.plot(
+            row[x],
+            row[y],
+            marker="*" if row["arm"] == "real" else "P",
+            markersize=7,
+            color="black",
+            linewidth=0,
+            label=REAL[row["arm"]],
+        )
     axes.set_xlabel(LABELS[x])
     axes.set_ylabel(LABELS[y])
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -106,8 +115,20 @@ def means_table(task: str, rows: list[dict[str, Any]]) -> list[str]:
             figures = (over_seeds([row[name] for row in seeds]) for name in names)
             cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in figures)
             lines.append(f"| `{arm}` | {scale:g} | {len(seeds)} | {cells} |")
-    for row in (row for row in rows if row["arm"] == "real"):
-        lines.append(f"| real glosses | | | {' | '.join(f'{row[name]:.3f}' for name in names)} |")
+    for row in (row for row in rows if row["arm"] in REAL):
+        lines.append(f"| {REAL[row['arm']]} | | | {' | '.join(f'{row[name]:.3f}' for name in names)} |")
+    return lines
+
+
+def branches_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: held-out NELBO of the branches of each arm, means over seeds ± standard errors over seeds."""
+    lines = ["| arm | seeds | with the prompt | prompt masked |", "|---" * 4 + "|"]
+    for arm in ARM_NAMES:
+        seeds = [row for row in rows if row["arm"] == f"branches of {arm}"]
+        if seeds:
+            figures = (over_seeds([row[name] for row in seeds]) for name in ("nelbo_cond", "nelbo_uncond"))
+            cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in figures)
+            lines.append(f"| `{arm}` | {len(seeds)} | {cells} |")
     return lines
 
 
@@ -150,7 +171,7 @@ def main() -> None:
             print(arguments.output_dir / f"{name}.svg")
     for task, rows in results.items():
         if rows:
-            print("", *means_table(task, rows), "", *gains_table(task, rows), sep="\n")
+            print("", *means_table(task, rows), "", *gains_table(task, rows), "", *branches_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

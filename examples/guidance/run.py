@@ -1,4 +1,7 @@
-"""Train and score every arm of the guidance experiments; resumable, one JSON line a figure of results/<task>.jsonl.
+"""Train and score every arm of the guidance experiments (see guidance_arms.py).
+
+Resumable: trainings that are finished are skipped, and so are figures that are in results/<task>.jsonl already, which
+has one JSON line for each arm, seed and guidance scale.
 
     python examples/guidance/category_data.py --wordnet package/dict
     python examples/guidance/run.py --task category --jobs 2
@@ -6,87 +9,28 @@
     python examples/guidance/run.py --task g2p --jobs 2
     python examples/guidance/plot.py
 
-The arms have the same steps, rows a step and learning rate, and differ in what the rows are:
-
-    sft_only            pairs
-    unsupervised        half pairs, half text without prompts: what unsupervised guidance needs
-    standard            pairs, 10 % of their prompts masked: standard classifier-free guidance
-    standard_unpaired   half text without prompts, and 10 % of the prompts of the others masked
-    distilled           the unsupervised model, trained on for a quarter of the steps to answer as if guided
-
-A seed decides initial weights, order of the rows and noise. Trainings that are finished and figures that are in the
-results already are skipped.
+A seed decides initial weights, order of the rows and noise.
 """
 
 import argparse
 import json
 import os
-import shlex
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from guidance_arms import ARMS, JUDGE, JUDGE_SEED, TASKS, Task, arm_flags, train
 from guidance_checkpoint import BOS, UNKNOWN, write_checkpoint
-from guidance_scores import CategoryClassifier, category_scores, phoneme_scores, read_lines
+from guidance_scores import CategoryClassifier, branch_nelbo, category_scores, phoneme_scores, read_lines
 
 from dlm_tune import DiffusionGenerationConfig, load_model, load_tokenizer
 from dlm_tune.evaluation.completions import evaluate_completions
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDANCE_SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
-ARMS = ("sft_only", "unsupervised", "standard", "standard_unpaired", "distilled")
-DROPOUT, UNPAIRED_FRACTION = 0.1, 0.5
-JUDGE, JUDGE_SEED = "judge", 1000
-
-
-@dataclass(frozen=True)
-class Task:
-    """What differs between the two tasks.
-
-    Attributes:
-        name: of folders and files.
-        num_layers: of the model.
-        sampling: how answers are drawn; the canvas is the recipe's `block_length`.
-        distillation_scale: guidance scale that `distilled` learns.
-    """
-
-    name: str
-    num_layers: int
-    sampling: DiffusionGenerationConfig
-    distillation_scale: float
-
-    @property
-    def data(self) -> Path:
-        """What the data scripts wrote."""
-        return Path("data/guidance") / self.name
-
-    @property
-    def outputs(self) -> Path:
-        """Of the trainings."""
-        return Path("outputs/guidance") / self.name
-
-    @property
-    def recipe(self) -> Path:
-        """Of one training."""
-        return Path("recipes/guidance/sft") / f"{self.name}.yaml"
-
-
-TASKS = {
-    # one token a step in random order at temperature 1: samples of the model's own distribution
-    "category": Task(
-        "category",
-        3,
-        DiffusionGenerationConfig(max_new_tokens=12, steps=12, block_length=None, remasking="random", temperature=1.0),
-        1.5,
-    ),
-    "g2p": Task("g2p", 4, DiffusionGenerationConfig(max_new_tokens=16, steps=16, block_length=None), 1.0),
-}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,59 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scales", nargs="+", type=float, default=list(GUIDANCE_SCALES))
     parser.add_argument("--stage", choices=["train", "score", "all"], default="all")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on one thread")
-    parser.add_argument("--num_samples", type=int, default=1000, help="answers for each arm, seed and scale")
+    parser.add_argument("--num_samples", type=int, help="answers for each arm, seed and scale, instead of the task's")
     parser.add_argument("--max_steps", type=int, help="of each training, instead of the recipe's")
     parser.add_argument("--distillation_scale", type=float, help="guidance scale of the arm `distilled`")
     parser.add_argument("--results_dir", type=Path, default=ROOT / "examples/guidance/results")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of data/, recipes/ and outputs/")
     return parser.parse_args()
-
-
-def arm_flags(task: Task, arm: str, seed: int, max_steps: int, distillation_scale: float) -> dict[str, Any]:
-    """The keys in which a training differs from the task's recipe."""
-    flags: dict[str, Any] = {
-        "model_name_or_path": task.outputs / f"untrained-{seed}",
-        "output_dir": task.outputs / f"{arm}-{seed}",
-        "seed": seed,
-        "noise_seed": seed,
-        "max_steps": max_steps,
-    }
-    if arm in ("unsupervised", "standard_unpaired", "distilled"):
-        flags |= {"unpaired_dataset": task.data / "unpaired.jsonl", "unpaired_fraction": UNPAIRED_FRACTION}
-    if arm in ("standard", "standard_unpaired"):
-        flags["prompt_dropout"] = DROPOUT
-    if arm == "distilled":
-        flags |= {
-            "model_name_or_path": task.outputs / f"unsupervised-{seed}",
-            "max_steps": max(max_steps // 4, 1),
-            "guidance_distillation_scale": distillation_scale,
-        }
-    return flags
-
-
-def train(verb: str, recipe: Path, flags: dict[str, Any]) -> None:
-    """Run `dlm-tune` unless its folder says that it has finished; its output goes to a log beside the folder."""
-    folder = Path(flags["output_dir"])
-    record = folder.with_suffix(".json")
-    if record.is_file():
-        return
-    arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    command = ["dlm-tune", verb, "--config", str(recipe), *arguments, "--overwrite_output_dir", "true"]
-    print("$", shlex.join(command), flush=True)
-    start = time.perf_counter()
-    with folder.with_suffix(".log").open("w") as log:
-        finished = subprocess.run(
-            [sys.executable, "-m", "dlm_tune", *command[1:]],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-    if finished.returncode:
-        tail = Path(log.name).read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{folder}: the training failed, its log {log.name} ends with\n{tail}")
-    seconds = time.perf_counter() - start
-    record.write_text(json.dumps({"command": shlex.join(command), "seconds": round(seconds, 1)}) + "\n")
-    print(f"{folder}: {seconds:.0f} s", flush=True)
 
 
 def train_all(task: Task, arguments: argparse.Namespace) -> None:
@@ -196,8 +93,13 @@ class Scorer:
             self.wanted = [categories[i * len(categories) // num_samples] for i in range(num_samples)]
             self.rows = [{"prompt": f"{category} :", "completion": " -"} for category in self.wanted]
             self.real = real
+            self.pairs = [
+                {"prompt": f"{row['category']} :", "completion": f" {row['text']}"}
+                for row in real[:: max(1, len(real) // num_samples)][:num_samples]
+            ]
         else:
             self.rows = read_lines(task.data / "test.jsonl")[:num_samples]
+            self.pairs = self.rows
 
     def score(self, texts: list[str]) -> dict[str, float]:
         """The figures of the answers to `rows`."""
@@ -205,12 +107,25 @@ class Scorer:
             return phoneme_scores(texts, [row["references"] for row in self.rows])
         return self._category_scores(texts, self.wanted)
 
-    def score_real(self) -> dict[str, float] | None:
-        """The figures of real held-out glosses, as many as fit the number of samples."""
+    def score_branches(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Held-out NELBO of the two branches of guidance, nats per word."""
+        canvas = self.task.sampling.max_new_tokens
+        return {
+            **branch_nelbo("nelbo_cond", model, tokenizer, self.pairs, canvas, hide_prompts=False),
+            **branch_nelbo("nelbo_uncond", model, tokenizer, self.pairs, canvas, hide_prompts=True),
+        }
+
+    def score_real(self) -> dict[str, dict[str, float]]:
+        """The figures of held-out real glosses, as many as there are answers; and of those without unknown words."""
         if self.task.name == "g2p":
-            return None
-        real = self.real[:: max(1, len(self.real) // len(self.rows))][: len(self.rows)]
-        return self._category_scores([row["text"] for row in real], [row["category"] for row in real])
+            return {}
+        whole = [row for row in self.real if UNKNOWN not in row["text"].split()]
+        figures = {}
+        for name, real in {"real": self.real, "real_known_words": whole}.items():
+            chosen = real[:: max(1, len(real) // len(self.rows))][: len(self.rows)]
+            scores = self._category_scores([row["text"] for row in chosen], [row["category"] for row in chosen])
+            figures[name] = {"n": len(chosen), **scores}
+        return figures
 
     def _category_scores(self, texts: list[str], categories: list[str]) -> dict[str, float]:
         canvas = self.task.sampling.max_new_tokens
@@ -224,9 +139,15 @@ def sample(task: Task, model: Any, tokenizer: Any, rows: list[dict], scale: floa
     if scale:
         options["guidance_scale"] = scale
     config = DiffusionGenerationConfig(**{**vars(task.sampling), **options})
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     completed = evaluate_completions(model, tokenizer, rows, config, batch_size=250, show_progress=False)
-    cost = {"sampling_seconds": round(time.perf_counter() - start, 2), "forward_passes": completed.num_forward_passes}
+    cost = {
+        "sampling_seconds": round(time.perf_counter() - start, 2),
+        "sampling_cpu_seconds": round(
+            time.process_time() - cpu_start, 2
+        ),  # what other work on the machine leaves alone
+        "forward_passes": completed.num_forward_passes,
+    }
     return [answer for _, _, answer in completed.samples], cost
 
 
@@ -234,18 +155,23 @@ def score_all(task: Task, arguments: argparse.Namespace) -> None:
     """Sample and score what the results lack."""
     path = arguments.results_dir / f"{task.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    scorer = Scorer(task, arguments.num_samples)
+    scorer = Scorer(task, arguments.num_samples or task.num_samples)
     if task.name == "category" and not any(row["arm"] == "real" for row in read_lines(path)):
-        append(path, {"task": task.name, "arm": "real", "n": len(scorer.rows), **(scorer.score_real() or {})})
+        for name, figures in scorer.score_real().items():
+            append(path, {"task": task.name, "arm": name, **figures})
     for arm in arguments.arms:
         for seed in arguments.seeds:
             folder = task.outputs / f"{arm}-{seed}"
             known = {(row["arm"], row.get("seed"), row.get("guidance_scale")) for row in read_lines(path)}
             missing = [scale for scale in arguments.scales if (arm, seed, scale) not in known]
-            if not missing or not folder.with_suffix(".json").is_file():
+            needs_branches = (f"branches of {arm}", seed, None) not in known
+            if not (missing or needs_branches) or not folder.with_suffix(".json").is_file():
                 continue
             training = json.loads(folder.with_suffix(".json").read_text())
             model, tokenizer = load_model(str(folder)).eval(), load_tokenizer(str(folder))
+            if needs_branches:
+                key = {"task": task.name, "arm": f"branches of {arm}", "seed": seed, "n": len(scorer.pairs)}
+                append(path, {**key, **scorer.score_branches(model, tokenizer)})
             for scale in missing:
                 texts, cost = sample(task, model, tokenizer, scorer.rows, scale)
                 key = {"task": task.name, "arm": arm, "seed": seed, "guidance_scale": scale, "n": len(texts)}

@@ -12,9 +12,11 @@ import category_data
 import g2p_few_data
 import pytest
 import torch
+from guidance_arms import ARMS, TASKS, arm_flags
 from guidance_checkpoint import SPECIAL_TOKENS, untrained_model, word_tokenizer
 from guidance_scores import (
     CategoryClassifier,
+    branch_nelbo,
     category_scores,
     distinct_n,
     fluency,
@@ -194,10 +196,26 @@ def test_fluency_counts_a_words_end_once():
     assert scores["nelbo"] == pytest.approx(3 * 4 * math.log(num_classes) / (3 + 2 + 1), rel=1e-5)
 
 
+def test_branches_of_a_model_that_reads_its_prompt():
+    """Without its prompt a model scores the same whatever the prompt was; the same row alone scores the same."""
+    tokenizer = word_tokenizer(["a", "cat", "b", "c"])
+    model = untrained_model(tokenizer, 1, 0).eval()
+    rows = [{"prompt": "b", "completion": " a cat"}, {"prompt": "b c", "completion": " cat"}]
+    other = [{"prompt": "c", "completion": " a cat"}, {"prompt": "c b", "completion": " cat"}]
+    seen, seen_other, hidden, hidden_other = (
+        branch_nelbo("x", model, tokenizer, given, 3, hide_prompts=hide)["x"]
+        for hide in (False, True)
+        for given in (rows, other)
+    )
+    assert seen != pytest.approx(seen_other, rel=1e-6)
+    assert hidden == pytest.approx(hidden_other, rel=1e-6)
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    flat = branch_nelbo("x", model, tokenizer, rows, 3, hide_prompts=False)["x"]
+    assert flat == pytest.approx(2 * 3 * math.log(model.config.vocab_size) / (3 + 2), rel=1e-5)
+
+
 def test_arms_differ_in_their_rows_only():
-    run = load_script("run")
-    task = run.TASKS["g2p"]
-    flags = {arm: run.arm_flags(task, arm, 1, 400, 1.5) for arm in run.ARMS}
+    flags = {arm: arm_flags(TASKS["g2p"], arm, 1, 400, 1.5) for arm in ARMS}
     assert {"unpaired_dataset", "prompt_dropout"}.isdisjoint(flags["sft_only"])
     for arm, keys in {
         "unsupervised": {"unpaired_dataset", "unpaired_fraction"},
