@@ -166,7 +166,7 @@ def test_generate_from_the_adapter(workspace, trained, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "> a b\n" in printed
-    assert re.search(r"5 prompts, \d+ tokens, \d+ forward passes, [\d.]+ tokens/s", printed)
+    assert re.search(r"5 prompts, \d+ tokens, \d+ forward passes of \d+ rows, [\d.]+ tokens/s", printed)
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["a b", "c", "past of w1: ", messages[:1], messages[:1]]
     assert answers[3]["completion"] == answers[4]["completion"]

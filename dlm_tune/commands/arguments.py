@@ -75,6 +75,10 @@ class GenerateArguments:
     prompts_file: str | None = field(
         default=None, metadata={"help": "Prompts: .txt, one a line, or .jsonl with `prompt` (text or messages)."}
     )
+    negative_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Text to steer away from with guidance_scale, instead of from answers without a prompt."},
+    )
     output_file: str | None = field(default=None, metadata={"help": "Write answers here too, as JSON lines."})
     batch_size: int = field(default=8, metadata={"help": "Prompts that are denoised together."})
     chat_template: str = field(

@@ -64,7 +64,9 @@ def generation_config(arguments: EvalArguments, recipe: Recipe) -> DiffusionGene
     options, faults = check_mapping(arguments.generation or {}, DiffusionGenerationConfig, "generation")
     if faults:
         raise RecipeError(faults, recipe.title)
-    return DiffusionGenerationConfig(**options)
+    config = DiffusionGenerationConfig(**options)
+    config.check_guidance()
+    return config
 
 
 def _evaluation_data(arguments: EvalArguments, data_arguments: Any, config: DiffusionConfig) -> Dataset:
@@ -108,7 +110,7 @@ def _evaluate_completions(
         f"exact match               {report.exact_match:.4f} +- {report.exact_match_standard_error:.4f} "
         f"of {report.num_rows} prompts",
         f"character error rate      {report.error_rate:.4f}",
-        f"forward passes            {report.num_forward_passes}",
+        f"forward passes            {report.num_forward_passes} of {report.num_row_passes} rows",
         "",
         *(
             f"  {prompt!r} -> {text!r} (expected {expected!r})"
@@ -121,6 +123,7 @@ def _evaluate_completions(
         "error_rate": report.error_rate,
         "num_rows": report.num_rows,
         "num_forward_passes": report.num_forward_passes,
+        "num_row_passes": report.num_row_passes,
         "samples": [
             {"prompt": prompt, "expected": expected, "generated": text} for prompt, expected, text in report.samples
         ],

@@ -11,6 +11,7 @@ from dlm_tune.commands.arguments import GenerateArguments
 from dlm_tune.commands.checkpoint import inference_device_map, load_checkpoint
 from dlm_tune.commands.console import say
 from dlm_tune.generation import config_for_tokenizer, decode_completion, generate, pad_prompts, tokenize_prompt
+from dlm_tune.generation.guidance import row_scales
 from dlm_tune.recipe import Recipe
 
 Prompt = str | list[dict[str, str]]
@@ -20,6 +21,9 @@ def run_generate(recipe: Recipe) -> None:
     """Complete the prompts of a file or of the command line, print them, and write them to `output_file`."""
     checkpoint, arguments, generation_config = recipe.build()
     prompts = read_prompts(arguments)
+    generation_config.check_guidance()
+    if arguments.negative_prompt is not None and generation_config.guidance_scale == 0:
+        raise ValueError("negative_prompt has no effect with guidance_scale=0. Set guidance_scale, for example to 1.")
     model, tokenizer = load_checkpoint(
         checkpoint, adapter=checkpoint.adapter, device_map=inference_device_map(checkpoint.use_cpu)
     )
@@ -27,13 +31,25 @@ def run_generate(recipe: Recipe) -> None:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     config = config_for_tokenizer(generation_config, tokenizer, model)
     completions: list[str] = []
-    num_tokens, num_passes, start = 0, 0, time.perf_counter()
+    num_tokens, num_passes, num_row_passes, start = 0, 0, 0, time.perf_counter()
     for first in range(0, len(prompts), arguments.batch_size):
-        token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts[first : first + arguments.batch_size]]
+        batch = prompts[first : first + arguments.batch_size]
+        token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in batch]
         input_ids, attention_mask = pad_prompts(token_ids, tokenizer.pad_token_id, model.device)
         rows = torch.arange(first, first + len(token_ids))
-        output = generate(model, input_ids, attention_mask, config, row_keys=rows)
+        negative_input_ids, negative_attention_mask = _negative_prompts(arguments, batch, tokenizer, model)
+        output = generate(
+            model,
+            input_ids,
+            attention_mask,
+            config,
+            row_keys=rows,
+            guidance_scales=row_scales(config, len(batch)),
+            negative_input_ids=negative_input_ids,
+            negative_attention_mask=negative_attention_mask,
+        )
         num_passes += output.num_forward_passes
+        num_row_passes += output.num_row_passes
         for row in output.sequences[:, input_ids.shape[1] :].tolist():
             ends = [position for position, token in enumerate(row) if token in (config.eos_token_ids or [])]
             num_tokens += ends[0] + 1 if ends else len(row)
@@ -41,8 +57,8 @@ def run_generate(recipe: Recipe) -> None:
             _print_completion(prompts[len(completions) - 1], completions[-1])
     seconds = time.perf_counter() - start
     say(
-        f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, {num_tokens} tokens, {num_passes} forward passes, "
-        f"{num_tokens / seconds:.1f} tokens/s"
+        f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, {num_tokens} tokens, {num_passes} forward passes "
+        f"of {num_row_passes} rows, {num_tokens / seconds:.1f} tokens/s"
     )
     if arguments.output_file:
         lines = [
@@ -52,6 +68,18 @@ def run_generate(recipe: Recipe) -> None:
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.output_file).write_text("\n".join(lines) + "\n", encoding="utf-8")
         say(f"Written to {arguments.output_file}")
+
+
+def _negative_prompts(
+    arguments: GenerateArguments, prompts: list[Prompt], tokenizer: Any, model: Any
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """The negative prompt for each prompt, a user's turn where that is one: ids and attention mask."""
+    text = arguments.negative_prompt
+    if text is None:
+        return None, None
+    negative = [text if isinstance(prompt, str) else [{"role": "user", "content": text}] for prompt in prompts]
+    token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in negative]
+    return pad_prompts(token_ids, tokenizer.pad_token_id, model.device)
 
 
 def read_prompts(arguments: GenerateArguments) -> list[Prompt]:

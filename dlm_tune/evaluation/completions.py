@@ -18,6 +18,7 @@ from dlm_tune.generation import (
     pad_prompts,
     tokenize_prompt,
 )
+from dlm_tune.generation.guidance import row_scales
 
 ERROR_UNITS = ("character", "word")
 
@@ -127,7 +128,8 @@ def _generate_texts(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = pad_prompts([token_ids[index] for index in batch], tokenizer.pad_token_id, device)
-            output = generate(model, *inputs, config, row_keys=torch.tensor(batch))
+            scales = row_scales(config, len(batch))
+            output = generate(model, *inputs, config, row_keys=torch.tensor(batch), guidance_scales=scales)
             num_forward_passes += output.num_forward_passes
             num_row_passes += output.num_row_passes
             new_tokens = output.sequences[:, inputs[0].shape[1] :].tolist()

@@ -7,6 +7,8 @@ A harness model answers three questions; each has its own meaning for a diffusio
 - `loglikelihood_rolling`: the text is cut into windows whose scored tokens are disjoint; each is scored given the
   tokens before it that fit `max_length` with it. The sum is a lower bound for the model with that context.
 - `generate_until`: the sampler fills a canvas of the task's `max_gen_toks`; stop strings are applied to the text.
+
+`guidance_scale` guides the first and the last; texts without a condition cannot be guided.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ from dlm_tune.generation import (
     generate,
     pad_prompts,
 )
+from dlm_tune.generation.guidance import row_scales
 from dlm_tune.generation.sampler import with_overrides
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,8 @@ class DiffusionHarnessMethods:
         Args:
             pretrained: a model of `dlm_tune.load_model`, or the path or Hub name of one.
             tokenizer: its tokenizer; loaded from `pretrained` if that is a name.
-            generation_config: options of `generate_until`; the task sets length and temperature.
+            generation_config: options of `generate_until`; the task sets length and temperature. `guidance_scale` also
+                holds for `loglikelihood`, whose scores then bound the likelihood under guided sampling.
             batch_size: rows per forward pass.
             num_samples: forward passes for each likelihood.
             seed: noise seed of likelihoods and samples.
@@ -89,6 +93,7 @@ class DiffusionHarnessMethods:
                 f"temperature={config.temperature} would have no effect: the harness's tasks set it. Pass "
                 "gen_kwargs={'do_sample': True, 'temperature': ...} instead."
             )
+        config.check_guidance()
         self.model, self.tokenizer = pretrained, tokenizer
         self.generation_config = config_for_tokenizer(config, tokenizer, pretrained)
         self.batch_size, self.num_samples, self.seed = batch_size, num_samples, seed
@@ -128,6 +133,12 @@ class DiffusionHarnessMethods:
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """`(lower bound of the log-likelihood in nats, is_greedy)` of each (context, continuation)."""
+        schedule = self.generation_config.guidance_schedule
+        if schedule != "constant":
+            raise ValueError(
+                f"guidance_schedule='{schedule}' goes by the steps of the sampler, which likelihoods do not have. Use "
+                "'constant' for tasks of likelihoods."
+            )
         pairs = [self._fit(*self._encode_pair(*request.args)) for request in requests]
         # the choices of one question share their context, and so their noise: they are compared on equal terms
         keys = [_context_key(context) if context else index for index, (context, _) in enumerate(pairs)]
@@ -139,7 +150,16 @@ class DiffusionHarnessMethods:
         return results
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Lower bound of the log-likelihood of each text, in nats."""
+        """Lower bound of the log-likelihood of each text, in nats.
+
+        Raises:
+            ValueError: guidance.
+        """
+        if self.generation_config.guidance_scale != 0:
+            raise ValueError(
+                f"guidance_scale={self.generation_config.guidance_scale} has no condition to strengthen in the "
+                "likelihood of whole texts. Use guidance_scale=0 for tasks of perplexity."
+            )
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         prefix = self._prefix()
@@ -228,6 +248,7 @@ class DiffusionHarnessMethods:
             batch_size=self.batch_size,
             row_keys=row_keys,
             show_progress=True,
+            guidance_scale=self.generation_config.guidance_scale,
         )
         return bounds.log_likelihood.tolist()
 
@@ -242,7 +263,12 @@ class DiffusionHarnessMethods:
             order = order[len(batch) :]
             if length:
                 config = DiffusionGenerationConfig(
-                    max_new_tokens=length, steps=length, block_length=None, stop_at_eos=False
+                    max_new_tokens=length,
+                    steps=length,
+                    block_length=None,
+                    stop_at_eos=False,
+                    guidance_scale=self.generation_config.guidance_scale,
+                    guidance_batching=self.generation_config.guidance_batching,
                 )
                 rows = self._generate([pairs[index][0] for index in batch], config, batch)
                 for index, row in zip(batch, rows, strict=True):
@@ -255,7 +281,8 @@ class DiffusionHarnessMethods:
         self, prompts: list[list[int]], config: DiffusionGenerationConfig, row_keys: list[int]
     ) -> list[list[int]]:
         input_ids, attention_mask = pad_prompts(prompts, self.tokenizer.pad_token_id, self._device)
-        output = generate(self.model, input_ids, attention_mask, config, row_keys=torch.tensor(row_keys))
+        keys, scales = torch.tensor(row_keys), row_scales(config, len(prompts))
+        output = generate(self.model, input_ids, attention_mask, config, row_keys=keys, guidance_scales=scales)
         return output.sequences[:, input_ids.shape[1] :].tolist()
 
     def _task_options(self, generation_kwargs: dict[str, Any]) -> tuple[DiffusionGenerationConfig, list[str]]:

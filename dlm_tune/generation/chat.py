@@ -109,7 +109,7 @@ class _Chat:
         messages = [*self.messages, {"role": "user", "content": line}]
         prompt: Prompt = messages if self.tokenizer.chat_template else line
         try:
-            text, num_forward_passes = self._generate(prompt)
+            text, cost = self._generate(prompt)
         except ValueError as error:
             self.say(f"{error}\n/reset forgets the conversation, /set changes an option.", style="red")
             return
@@ -117,10 +117,11 @@ class _Chat:
             self.say("Stopped; the question is forgotten.", style="dim")
             return
         self.say(text)
-        self.say(f"{num_forward_passes} forward passes", style="dim")
+        self.say(cost, style="dim")
         self.messages = [*messages, {"role": "assistant", "content": text}]
 
-    def _generate(self, prompt: Prompt) -> tuple[str, int]:
+    def _generate(self, prompt: Prompt) -> tuple[str, str]:
+        """The answer, and what it cost."""
         device = next(self.model.parameters()).device
         token_ids = tokenize_prompt(self.tokenizer, prompt)
         input_ids, attention_mask = pad_prompts([token_ids], self.tokenizer.pad_token_id, device)
@@ -138,7 +139,10 @@ class _Chat:
             output = generate(self.model, input_ids, attention_mask, config, row_keys=row_keys, on_step=show)
         new_tokens = output.sequences[0, len(token_ids) :].tolist()
         text = decode_completion(self.tokenizer, new_tokens, config.eos_token_ids or [])
-        return text.strip(), output.num_forward_passes
+        cost = f"{output.num_forward_passes} forward passes"
+        if output.num_row_passes > output.num_forward_passes:
+            cost += f" of {output.num_row_passes} rows"
+        return text.strip(), cost
 
     def _render(self, token_ids: list[int]) -> Text:
         """The canvas as text, with a dim symbol for each mask; runs of tokens are decoded together."""

@@ -1,6 +1,7 @@
 """The lm-evaluation-harness offline: three kinds of task on a tiny model, and each answer against an oracle."""
 
 import builtins
+import dataclasses
 import json
 
 import pytest
@@ -122,6 +123,40 @@ def test_is_greedy_is_what_unmasking_writes(make_model):
             instances("loglikelihood", ("ab", "c"))
         )
     } == {False}
+
+
+def test_guidance_guides_likelihoods_greedy_checks_and_texts():
+    model, tokenizer = tiny_llada(seed=5), tiny_tokenizer()
+    guided = harness_model(model, generation_config=dataclasses.replace(CONFIG, guidance_scale=1.5))
+    context = tokenizer("abc")["input_ids"]
+    own = generate(
+        model,
+        torch.tensor([context]),
+        max_new_tokens=4,
+        steps=4,
+        block_length=None,
+        stop_at_eos=False,
+        guidance_scale=1.5,
+    )
+    continuation = own.sequences[0, 3:].tolist()
+    # an empty context has nothing to guide, whatever batch it is in
+    assert guided._is_greedy([(context, continuation), ([], [40])])[0]
+    assert not harness_model(model)._is_greedy([(context, continuation)])[0]
+    pairs = [("abc", "de"), ("", "xy")]
+    found = guided.loglikelihood(instances("loglikelihood", *pairs))
+    encoded = [[tokenizer(text)["input_ids"] for text in pair] for pair in pairs]
+    options = {"num_samples": 16, "row_keys": [_context_key(context), 1], "guidance_scale": 1.5}
+    expected = log_likelihood(model, *zip(*encoded, strict=True), **options)
+    assert [score for score, _ in found] == pytest.approx(expected.log_likelihood.tolist(), rel=1e-5)
+    request = instances("generate_until", ("abc", {"until": [], "max_gen_toks": 8}))
+    assert guided.generate_until(request) != harness_model(model).generate_until(request)
+    with pytest.raises(ValueError, match=r"guidance_scale=1.5 has no condition"):
+        guided.loglikelihood_rolling(instances("loglikelihood_rolling", ("abc",)))
+    with pytest.raises(ValueError, match="guidance_schedule='linear' has no effect"):
+        harness_model(model, guidance_schedule="linear")
+    scheduled = harness_model(model, guidance_scale=1.0, guidance_schedule="linear")
+    with pytest.raises(ValueError, match=r"guidance_schedule='linear' goes by the steps"):
+        scheduled.loglikelihood(instances("loglikelihood", *pairs))
 
 
 def test_contexts_that_are_too_long_lose_their_beginning(caplog):

@@ -1,7 +1,9 @@
+import itertools
 import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from dlm_tune.evaluation import estimate_nelbo, log_likelihood
 from tests.tiny_models import tiny_dream, tiny_llada
@@ -114,3 +116,102 @@ def test_bad_arguments(arguments, words):
 def test_prompts_and_completions_must_pair_up():
     with pytest.raises(ValueError, match="2 prompts but 1 completions and 2 row_keys"):
         log_likelihood(tiny_llada(), [[1], [2]], [[3]])
+
+
+# Guidance
+
+
+def guided_log_probs(model, row, targets, masked, scale):
+    """(L, V) log-probabilities of the masked tokens, by the formula on the dense logits of two rows."""
+    mask_id, keep = model.config.mask_token_id, getattr(model.config, "guidance_keep_token_ids", [])
+    noisy = row.masked_fill(masked, mask_id)
+    hidden = noisy.masked_fill(~targets & ~torch.isin(row, torch.tensor(keep, dtype=torch.long)), mask_id)
+    branches = []
+    for tokens in (noisy, hidden):
+        logits = model(input_ids=tokens[None]).logits[0]
+        if model.config.logits_shift:
+            logits = torch.cat([logits[:1], logits[:-1]])
+        branches.append(logits.log_softmax(-1))
+    guided = (1 + scale) * branches[0] - scale * branches[1]
+    guided[:, mask_id] = -math.inf
+    return guided.log_softmax(-1)
+
+
+@pytest.mark.parametrize("make_model", [tiny_llada, tiny_dream])
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 2.0])
+@torch.no_grad()
+def test_a_guided_nelbo_is_that_of_guided_sampling_in_random_order(make_model, scale):
+    """Mean over all orders of the guided chain rule; it bounds the mixture over orders, which that sampler draws."""
+    model = make_model(seed=3).double()
+    row, targets = ROWS[0], TARGETS[1]
+    places = targets.nonzero()[:, 0].tolist()
+    orders = []
+    for order in itertools.permutations(places):
+        masked, total = targets.clone(), 0.0
+        for place in order:
+            total += float(guided_log_probs(model, row, targets, masked, scale)[place, row[place]])
+            masked[place] = False
+        orders.append(total)
+    estimate = estimate_nelbo(model, row[None], targets[None], estimator="enumeration", guidance_scale=scale)
+    assert float(estimate.nats) == pytest.approx(-sum(orders) / len(orders), abs=1e-10)
+    mixture = math.log(sum(map(math.exp, orders)) / len(orders))
+    assert float(estimate.nats) >= -mixture
+    sampled = estimate_nelbo(model, row[None], targets[None], num_samples=64, guidance_scale=scale)
+    assert abs(float(sampled.nats - estimate.nats)) < 4 * float(sampled.standard_error)
+
+
+@pytest.mark.parametrize("keep", [[], [10, 31]])
+@torch.no_grad()
+def test_guided_scores_of_one_token_are_the_formula_whatever_the_batch(keep):
+    model = tiny_llada(seed=3).double()
+    model.config.guidance_keep_token_ids = keep
+    prompts, completions = [[10, 11], [], [30, 31, 32, 33]], [[12], [20], [5]]
+    scores = log_likelihood(model, prompts, completions, num_samples=2, guidance_scale=1.5)
+    for prompt, completion, score in zip(prompts, completions, scores.log_likelihood.tolist(), strict=True):
+        row = torch.tensor(prompt + completion)
+        targets = torch.arange(len(row)) == len(prompt)
+        expected = guided_log_probs(model, row, targets, targets, 1.5)[-1, completion[0]]
+        assert score == pytest.approx(float(expected), abs=1e-10)
+    alone = log_likelihood(model, prompts, completions, num_samples=2, guidance_scale=1.5, batch_size=1)
+    torch.testing.assert_close(alone.log_likelihood, scores.log_likelihood, rtol=0, atol=1e-10)
+
+
+def test_without_guidance_the_bound_is_the_same_to_the_bit():
+    model = tiny_llada()
+    plain = estimate_nelbo(model, ROWS, TARGETS, num_samples=4)
+    assert estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=0.0).nats.equal(plain.nats)
+    guided = estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0)
+    assert not guided.nats.equal(plain.nats)
+
+
+def test_guided_scores_in_chunks_and_with_a_softcap(monkeypatch):
+    model = tiny_llada(seed=3).double()
+    whole = estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats
+    monkeypatch.setattr("dlm_tune.evaluation.likelihood.MAX_CHUNK_LOGITS", 256)
+    chunks = estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats
+    torch.testing.assert_close(chunks, whole, rtol=0, atol=1e-12)
+    model.config.final_logit_softcapping = 0.5
+    assert not torch.allclose(estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats, whole)
+
+
+def test_an_adapter_is_scored_under_guidance():
+    base = tiny_llada(seed=3)
+    plain = estimate_nelbo(base, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    adapted = estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats
+    assert not torch.allclose(adapted, plain)
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            estimate_nelbo(model, ROWS, TARGETS, num_samples=4, guidance_scale=1.0).nats, plain, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_guidance_needs_a_condition_and_a_finite_scale():
+    model = tiny_llada()
+    with pytest.raises(ValueError, match=r"guidance_scale=1.0 has nothing to strengthen"):
+        estimate_nelbo(model, ROWS, num_samples=2, guidance_scale=1.0)
+    with pytest.raises(ValueError, match=r"guidance_scale=nan.*finite"):
+        estimate_nelbo(model, ROWS, TARGETS, num_samples=2, guidance_scale=math.nan)
+    model.config.guidance_keep_token_ids = [10]
+    with pytest.raises(ValueError, match="nothing to strengthen"):
+        log_likelihood(model, [[10], []], [[3], [4]], num_samples=2, guidance_scale=1.0)

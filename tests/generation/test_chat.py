@@ -77,6 +77,28 @@ def test_set_changes_the_options():
     assert "steps 1" in printed
 
 
+def test_guidance_is_set_option_by_option():
+    """Each order that leads somewhere; what does not fit together is said at the answer."""
+    printed = chat(
+        [
+            "/set guidance_scale 3",
+            "hello",
+            "/reset",
+            "/set guidance_schedule interval",
+            "hello",
+            "/set guidance_interval [0.0, 0.5]",
+            "hello",
+        ]
+    )
+    assert expected_answer([user("hello")], guidance_scale=3.0) in printed
+    assert "6 forward passes of 12 rows" in printed
+    assert "guidance_schedule='interval' needs guidance_interval" in printed
+    options = {"guidance_scale": 3.0, "guidance_schedule": "interval", "guidance_interval": [0.0, 0.5]}
+    assert expected_answer([user("hello")], **options) in printed
+    assert "6 forward passes of 9 rows" in printed
+    assert "guidance_interval = [0.0, 0.5]" in printed
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

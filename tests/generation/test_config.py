@@ -30,6 +30,17 @@ from dlm_tune.generation import DiffusionGenerationConfig
         ({"suppress_tokens": [1, -2]}, ["suppress_tokens=[1, -2]", "token ids"]),
         ({"eos_token_ids": 7}, ["eos_token_ids=7", "list"]),
         ({"suppress_eos": True, "suppress_eos_confidence": True}, ["no effect", "Set one"]),
+        ({"guidance_scale": float("inf")}, ["guidance_scale=inf", "finite"]),
+        ({"guidance_scale": "strong"}, ["guidance_scale='strong'", "a number"]),
+        ({"guidance_batching": 2}, ["guidance_batching=2", "true or false"]),
+        ({"guidance_schedule": "liner"}, ["'liner'", "Did you mean 'linear'?"]),
+        ({"guidance_schedule": "interval", "guidance_interval": [0.5]}, ["guidance_interval=[0.5]", "two numbers"]),
+        ({"guidance_schedule": "interval", "guidance_interval": [0.5, 0.5]}, ["0 <= start < end <= 1"]),
+        ({"guidance_schedule": "interval", "guidance_interval": [0.5, 1.5]}, ["guidance_interval=[0.5, 1.5]"]),
+        (
+            {"guidance_scale": 1.0, "guidance_interval": [0.2, 0.8]},
+            ["guidance_interval=[0.2, 0.8] has no effect", "guidance_schedule='interval'"],
+        ),
     ],
 )
 def test_bad_options(options, words):
