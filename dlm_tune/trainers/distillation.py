@@ -113,12 +113,16 @@ class GuidedTeacher:
             yield self._copy
             return
         was_training = model.training
+        trained = [parameter for parameter in self._adapted.parameters() if parameter.requires_grad]
         model.eval()
         try:
             with self._adapted.disable_adapter():
                 yield model
         finally:
             model.train(was_training)
+            # peft freezes what is registered when it disables adapters; FSDP2 has registered others by the end
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def _check_adapter(model: PeftModel) -> None:
