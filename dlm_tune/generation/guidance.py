@@ -118,7 +118,8 @@ class Guidance:
         scales = self.scales[rows]
         if self.config.guidance_schedule == "constant":
             return scales
-        committed_share = (~canvas.is_masked[rows, canvas.prompt_length :]).double().mean(1)
+        is_committed = ~canvas.is_masked[rows, canvas.prompt_length :]
+        committed_share = is_committed.sum(1) / torch.tensor(is_committed.shape[1], dtype=torch.float64)
         if self.config.guidance_schedule == "linear":
             return scales * committed_share
         start, end = self.config.guidance_interval or (0.0, 1.0)
@@ -147,7 +148,7 @@ def make_guidance(
         ValueError: options without effect, scales or negative prompts that do not fit the rows, or no row in which
             `config.guidance_scale` has a prompt to hide.
     """
-    tokens, num_new = canvas.tokens, canvas.tokens.shape[1] - canvas.prompt_length
+    tokens = canvas.tokens
     config.check_guidance(has_row_scales=guidance_scales is not None)
     if guidance_scales is None:
         scales = torch.full(tokens.shape[:1], float(config.guidance_scale), dtype=torch.float64, device=tokens.device)
@@ -162,9 +163,8 @@ def make_guidance(
     if not bool((scales != 0).any()):
         return None
     if negative_input_ids is not None:
-        negative = _negative_canvas(negative_input_ids, negative_attention_mask, len(tokens), num_new, model_config)
-        prompt_ids = negative.tokens[:, : negative.prompt_length]
-        return Guidance(config, scales, prompt_ids.to(tokens.device), negative.attention_mask)
+        negative = _negative_canvas(negative_input_ids, negative_attention_mask, canvas, model_config)
+        return Guidance(config, scales, negative.tokens[:, : negative.prompt_length], negative.attention_mask)
     prompts = tokens[:, : canvas.prompt_length]
     is_prompt = torch.ones_like(prompts, dtype=torch.bool)
     if canvas.attention_mask is not None:
@@ -195,19 +195,19 @@ def _check_scales(guidance_scales: Tensor, num_rows: int) -> Tensor:
     return guidance_scales
 
 
-def _negative_canvas(
-    input_ids: Tensor, attention_mask: Tensor | None, num_rows: int, num_new: int, model_config: Any
-) -> Canvas:
+def _negative_canvas(input_ids: Tensor, attention_mask: Tensor | None, canvas: Canvas, model_config: Any) -> Canvas:
+    """A canvas of the same length behind the negative prompts, checked as prompts are."""
+    num_rows, length = canvas.tokens.shape
     try:
-        canvas = make_canvas(input_ids, attention_mask, num_new, model_config)
+        negative = make_canvas(input_ids, attention_mask, length - canvas.prompt_length, model_config)
     except ValueError as error:
         raise ValueError(f"negative prompts: {error}") from error
-    if len(canvas.tokens) != num_rows:
+    if len(negative.tokens) != num_rows:
         raise ValueError(
-            f"negative_input_ids hold {len(canvas.tokens)} rows for {num_rows} prompts: give each prompt its own, or "
+            f"negative_input_ids hold {len(negative.tokens)} rows for {num_rows} prompts: give each prompt its own, or "
             "repeat one with negative_input_ids.expand(rows, -1)."
         )
-    return canvas
+    return negative
 
 
 def predict_step(
