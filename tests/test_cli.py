@@ -203,6 +203,28 @@ def test_eval_reports_the_trainers_figures(workspace, trained, tmp_path, capsys)
     assert "exact match" in printed
 
 
+def test_a_distilled_run_is_inspected_and_evaluated_by_its_own_recipe(workspace, tmp_path, capsys):
+    """An adapter that has been trained could not be a teacher; evaluation needs none."""
+    recipe = ["--config", str(workspace / "recipe.yaml")]
+    distil = ["--guidance_distillation_scale", "1.5"]
+    assert main(["sft", "--debug", *recipe, *distil, "--output_dir", str(tmp_path / "run")]) == 0
+    after = json.loads((tmp_path / "run" / "results.json").read_text())["after"]
+    own = ["--config", str(tmp_path / "run" / "recipe.yaml")]
+    output = ["--output_file", str(tmp_path / "figures.json")]
+    assert main(["eval", "--debug", *own, "--model_name_or_path", str(tmp_path / "run"), *output]) == 0
+    likelihood = json.loads((tmp_path / "figures.json").read_text())["likelihood"]
+    assert likelihood["eval_nelbo"] == pytest.approx(after["eval_nelbo"], rel=1e-6)
+    capsys.readouterr()
+    for arguments, expected in (
+        (own, "x divergence from the guided initial model (nats)"),
+        ([*recipe, *distil], "x divergence from the guided initial model (nats)"),
+        (recipe, "x negative log-likelihood (nats)"),
+        ([*own, "--estimate"], "Not counted: what guidance_distillation_scale changes"),
+    ):
+        assert main(["inspect", "--debug", *arguments]) == 0
+        assert expected in capsys.readouterr().out
+
+
 def test_eval_of_a_file_without_a_recipe(workspace, tmp_path):
     output = tmp_path / "figures.json"
     arguments = ["eval", "--model_name_or_path", str(workspace / "model"), "--output_file", str(output), "--debug"]

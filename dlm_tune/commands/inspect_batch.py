@@ -64,7 +64,7 @@ def run_inspect(recipe: Recipe) -> None:
         arguments.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     lines = render_batch(batches, trainer, arguments.rows, use_color, arguments.token_weights)
-    say(*render_legend(use_color), "", *lines)
+    say(*render_legend(use_color, config.guidance_distillation_scale is not None), "", *lines)
 
 
 def data_only_trainer(model_arguments: ModelConfig, data_arguments: Any, config: DiffusionConfig) -> DiffusionTrainer:
@@ -115,15 +115,14 @@ def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenize
     return model
 
 
-def render_legend(use_color: bool) -> list[str]:
+def render_legend(use_color: bool, is_distilled: bool = False) -> list[str]:
     """One line per kind of token; markers alone tell them apart."""
     lines = ["How to read the rows:"]
     for kind, (_, _, _, meaning) in MARKERS.items():
         sample = "PADx2" if kind == "padding" else _WORDS.get(kind, "text")
         lines.append(f"  {_mark(kind, sample, use_color)}{' ' * (8 - len(_mark(kind, sample, False)))} {meaning}")
-    lines.append(
-        "The loss of the step: sum over masked tokens of weight / denominator x negative log-likelihood (nats)"
-    )
+    score = "divergence from the guided initial model" if is_distilled else "negative log-likelihood"
+    lines.append(f"The loss of the step: sum over masked tokens of weight / denominator x {score} (nats)")
     return lines
 
 

@@ -225,7 +225,7 @@ def test_an_adapter_first_moves_where_full_training_points(tmp_path):
 @pytest.mark.parametrize("peft_config", [None, lora(lora_dropout=0.5)], ids=["copy", "adapter"])
 def test_the_teacher_drops_nothing_and_leaves_the_mode_as_it_was(tmp_path, peft_config):
     trainer = make_trainer(
-        tmp_path, tiny_llada(attention_dropout=0.5), guidance_distillation_scale=W, peft_config=peft_config
+        tmp_path, tiny_llada(attention_dropout=0.5).train(), guidance_distillation_scale=W, peft_config=peft_config
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     trainer.corrupt_batches([batch], step=0, epoch=0)
