@@ -119,7 +119,7 @@ class Guidance:
         if self.config.guidance_schedule == "constant":
             return scales
         is_committed = ~canvas.is_masked[rows, canvas.prompt_length :]
-        committed_share = is_committed.sum(1) / torch.tensor(is_committed.shape[1], dtype=torch.float64)
+        committed_share = is_committed.sum(1).double() / is_committed.shape[1]
         if self.config.guidance_schedule == "linear":
             return scales * committed_share
         start, end = self.config.guidance_interval or (0.0, 1.0)
@@ -204,8 +204,8 @@ def _negative_canvas(input_ids: Tensor, attention_mask: Tensor | None, canvas: C
         raise ValueError(f"negative prompts: {error}") from error
     if len(negative.tokens) != num_rows:
         raise ValueError(
-            f"negative_input_ids hold {len(negative.tokens)} rows for {num_rows} prompts: give each prompt its own, or "
-            "repeat one with negative_input_ids.expand(rows, -1)."
+            f"negative_input_ids hold {len(negative.tokens)} rows for {num_rows} prompts: give each prompt its own, "
+            "or repeat one with negative_input_ids.expand(rows, -1)."
         )
     return negative
 
