@@ -192,7 +192,7 @@ def _exact_scores(logits: Tensor, batch: _Batch, guidance: ClassifierGuidance) -
 
 
 def _first_order_scores(logits: Tensor, batch: _Batch, guidance: ClassifierGuidance) -> Tensor:
-    """`<onehot(v) - onehot(x_t), gradient>` of `log p(y | x_t)` at each position, `(N, V)`."""
+    """`<onehot(v), gradient>` of `log p(y | x_t)` at each position, `(N, V)`; the mask's own is a constant there."""
     gradients = []
     for chunk in torch.arange(len(batch.input_ids), device=logits.device).split(guidance.batch_size):
         # Copies, since autograd cannot keep what a caller's inference_mode has made.
@@ -216,8 +216,7 @@ def _first_order_scores(logits: Tensor, batch: _Batch, guidance: ClassifierGuida
             "the gradient of log_prob is NaN or infinite, so that method='first_order' has no direction: check that "
             "log p(y | x) is finite on sequences with masks, or use method='exact'."
         )
-    current = batch.input_ids[batch.row, batch.column]
-    return gradient - gradient.gather(-1, current[:, None])
+    return gradient
 
 
 def _checked(scores: Any, num_sequences: int) -> Tensor:
