@@ -203,6 +203,27 @@ def test_eval_reports_the_trainers_figures(workspace, trained, tmp_path, capsys)
     assert "exact match" in printed
 
 
+def test_a_run_with_unpaired_text_is_evaluated_by_its_own_recipe(workspace, tmp_path):
+    (tmp_path / "text.txt").write_text("one\ntwo\nthree\n")
+    flags = [
+        "--unpaired_dataset",
+        str(tmp_path / "text.txt"),
+        "--unpaired_fraction",
+        "0.25",
+        "--prompt_dropout",
+        "0.1",
+    ]
+    recipe = ["--config", str(workspace / "recipe.yaml")]
+    assert main(["sft", "--debug", *recipe, *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert any("nelbo_unpaired" in entry for entry in log)
+    own = ["--config", str(tmp_path / "run" / "recipe.yaml"), "--model_name_or_path", str(tmp_path / "run")]
+    assert main(["eval", "--debug", *own, "--output_file", str(tmp_path / "figures.json")]) == 0
+    likelihood = json.loads((tmp_path / "figures.json").read_text())["likelihood"]
+    assert likelihood["eval_nelbo"] == pytest.approx(results["after"]["eval_nelbo"], rel=1e-6)
+
+
 def test_a_distilled_run_is_inspected_and_evaluated_by_its_own_recipe(workspace, tmp_path, capsys):
     """An adapter that has been trained could not be a teacher; evaluation needs none."""
     recipe = ["--config", str(workspace / "recipe.yaml")]

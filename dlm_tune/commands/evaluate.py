@@ -37,7 +37,9 @@ def run_eval(recipe: Recipe) -> None:
         model, tokenizer = load_checkpoint(
             model_arguments, adapter=arguments.adapter, device_map=None if config.use_cpu else {"": config.device}
         )
-        config.guidance_distillation_scale = None  # the teacher, a second model, is for training
+        # what only training does: the teacher, a second model, unpaired rows and what is done to prompts
+        config.guidance_distillation_scale = config.unpaired_fraction = None
+        config.prompt_dropout = config.prompt_noising = 0.0
         # Evaluation needs no training data; the trainer asks for some
         trainer = DiffusionTrainer(
             model=model, args=config, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
