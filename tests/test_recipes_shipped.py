@@ -15,9 +15,11 @@ ROOT = shipped_root() / "recipes"
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.y*ml"))
 REQUIRED = {
     "dream-7b/sft/full.yaml",
+    "dream-7b/sft/guidance.yaml",
     "dream-7b/sft/lora.yaml",
     "llada-8b/pretrain/continued.yaml",
     "llada-8b/sft/full.yaml",
+    "llada-8b/sft/guidance.yaml",
     "llada-8b/sft/lora.yaml",
     "quickstart/pretrain/base.yaml",
     "quickstart/sft/lora.yaml",
@@ -62,6 +64,9 @@ def tiny_flags(name: str, tmp_path: Path) -> list[str]:
         flags += ["--dataset_name", str(data), "--dataset_config", "null", "--dataset_train_split", "train"]
     if "eval_dataset_name" in recipe:
         flags += ["--eval_dataset_name", str(data)]
+    if "unpaired_dataset" in recipe:
+        flags += ["--unpaired_dataset", str(write_rows(tmp_path / "unpaired", "text"))]
+        flags += ["--unpaired_dataset_config", "null", "--unpaired_dataset_split", "train"]
     if "test_split_size" in recipe:
         flags += ["--test_split_size", "4"]
     return flags
