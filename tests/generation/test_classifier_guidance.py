@@ -153,14 +153,22 @@ def test_a_strong_classifier_writes_its_tokens_and_suppressed_ones_stay_out():
     assert set(new.flatten().tolist()) == {40, 50, 77}
 
 
-def test_the_best_token_alone_is_greedy_whatever_the_classifier_says():
-    model = tiny_llada(seed=3)
-    inputs, options = pad_prompts(PROMPTS, EOS_ID), OPTIONS | {"remasking": "random"}
-    steering = ClassifierGuidance(lambda ids, *_: ids.float().sum(1), top_k=1)
-    cut = generate(model, *inputs, **options, temperature=1.0, classifier=steering).sequences
-    assert cut.equal(generate(model, *inputs, **options).sequences)
-    steering = ClassifierGuidance(lambda ids, *_: ids.float().sum(1), top_k=2)
-    assert not cut.equal(generate(model, *inputs, **options, classifier=steering).sequences)
+def test_the_best_token_alone_is_greedy_whatever_the_classifier_says(joint_model):
+    """Of the tokens that may be proposed: the mask token, whose logit is the largest of all, costs no evaluation."""
+    options = {"max_new_tokens": 3, "steps": 3, "remasking": "random", "suppress_tokens": [1]}
+    prompts, num_scored = torch.zeros(50, 0, dtype=torch.long), []
+
+    def log_prob(input_ids, attention_mask, rows):
+        num_scored.append(len(input_ids))
+        return input_ids.double().sum(1)
+
+    cut = sample(joint_model, prompts, **options, classifier=ClassifierGuidance(log_prob, top_k=1))
+    greedy = sample(joint_model, prompts, **options, temperature=0.0)
+    assert cut.equal(greedy)
+    assert sum(num_scored) == 50 * (3 + 2 + 1)
+    both = sample(joint_model, prompts, **options, classifier=ClassifierGuidance(log_prob))
+    assert not both.equal(greedy)
+    assert sum(num_scored) == 50 * 6 + 2 * 50 * 6
 
 
 def test_ended_rows_are_not_shown_to_the_classifier():
