@@ -2,7 +2,9 @@
 
     python examples/guidance/g2p_few_data.py        # needs: pip install 'dlm-tune[guidance]'
 
-A pair is prompt "c a r r y :", completion " K EH R IY": one token a letter and one a phoneme, without stress marks.
+A pair is prompt "c a r r y _ _ _ _ _ :", completion " K EH R IY": one token a letter and one a phoneme, without stress
+marks. All prompts are of one length, so that the n-th phoneme is always as far from the n-th letter; a small model
+learns that in minutes, and hardly at all otherwise. It also keeps the length of a word out of the masked prompt.
 10,000 words keep both; of all other training words only the phonemes are written, as unpaired text. Words are held out
 by a hash of their letters. `test.jsonl` lists every pronunciation of a word as `references`; training uses the first.
 A string of phonemes that some word of the pairs or of the held-out words has is left out of the unpaired text, so that
@@ -18,6 +20,7 @@ from pathlib import Path
 
 DEFAULT_OUTPUT_DIR = Path("data/guidance/g2p")
 MIN_WORD_LENGTH, MAX_WORD_LENGTH = 2, 10
+FILLER = "_"
 MAX_PHONEMES = 15  # and an EOS: the canvas of 16 tokens
 NUM_PAIRS = 10_000
 TEST_PER_MILLE, DEVELOPMENT_PER_MILLE = 50, 25
@@ -67,7 +70,7 @@ def make_files(pronunciations: dict[str, list[str]], num_pairs: int = NUM_PAIRS)
 
 def make_pair(word: str, answers: list[str], with_references: bool = False) -> dict:
     """One line: the letters of `word`, its first pronunciation, and all of them where asked for."""
-    row = {"prompt": f"{' '.join(word)} :", "completion": f" {answers[0]}"}
+    row = {"prompt": f"{' '.join(word.ljust(MAX_WORD_LENGTH, FILLER))} :", "completion": f" {answers[0]}"}
     return row | ({"references": answers} if with_references else {})
 
 
@@ -84,7 +87,7 @@ def write_files(output_dir: Path) -> dict[str, int]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (output_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
     phonemes = sorted({phoneme for answers in pronunciations.values() for text in answers for phoneme in text.split()})
-    tokens = [":", *string.ascii_lowercase, *phonemes]
+    tokens = [":", FILLER, *string.ascii_lowercase, *phonemes]
     (output_dir / "vocabulary.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
     return {name: len(rows) for name, rows in files.items()} | {"vocabulary": len(tokens)}
 

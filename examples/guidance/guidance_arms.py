@@ -1,12 +1,14 @@
 """The tasks and arms of the guidance experiments, and the training of one arm.
 
-The arms have the same steps, rows a step and learning rate, and differ in what the rows are:
+The arms have the same rows a step and peak learning rate. All but `sft_half` and `distilled` have the same steps, and
+differ in what the rows are:
 
     sft_only            pairs
+    sft_half            pairs, for half of the steps: as many paired rows as `unsupervised` sees
     unsupervised        half pairs, half text without prompts: what unsupervised guidance needs
     standard            pairs, 10 % of their prompts masked: standard classifier-free guidance
     standard_unpaired   half text without prompts, and 10 % of the prompts of the others masked
-    distilled           the unsupervised model, trained on for a quarter of the steps to answer as if guided
+    distilled           the unsupervised model, trained on pairs for a quarter of the steps to answer as if guided
 """
 
 import json
@@ -21,7 +23,7 @@ from typing import Any
 
 from dlm_tune import DiffusionGenerationConfig
 
-ARMS = ("sft_only", "unsupervised", "standard", "standard_unpaired", "distilled")
+ARMS = ("sft_only", "sft_half", "unsupervised", "standard", "standard_unpaired", "distilled")
 DROPOUT, UNPAIRED_FRACTION = 0.1, 0.5
 JUDGE, JUDGE_SEED = "judge", 1000
 
@@ -88,7 +90,9 @@ def arm_flags(task: Task, arm: str, seed: int, max_steps: int, distillation_scal
         "noise_seed": seed,
         "max_steps": max_steps,
     }
-    if arm in ("unsupervised", "standard_unpaired", "distilled"):
+    if arm == "sft_half":
+        flags["max_steps"] = max(max_steps // 2, 1)
+    if arm in ("unsupervised", "standard_unpaired"):
         flags |= {"unpaired_dataset": task.data / "unpaired.jsonl", "unpaired_fraction": UNPAIRED_FRACTION}
     if arm in ("standard", "standard_unpaired"):
         flags["prompt_dropout"] = DROPOUT
@@ -96,6 +100,8 @@ def arm_flags(task: Task, arm: str, seed: int, max_steps: int, distillation_scal
         flags |= {
             "model_name_or_path": task.outputs / f"unsupervised-{seed}",
             "max_steps": max(max_steps // 4, 1),
+            "learning_rate": 1e-3,
+            "warmup_steps": 20,
             "guidance_distillation_scale": distillation_scale,
         }
     return flags

@@ -24,13 +24,14 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[2]
 ARM_NAMES = {
     "sft_only": "pairs only",
+    "sft_half": "pairs only, half the steps",
     "unsupervised": "with unpaired text (unsupervised)",
     "standard": "prompt dropout 0.1 (standard)",
     "standard_unpaired": "unpaired text and dropout",
     "distilled": "distilled",
 }
 REAL = {"real": "real glosses", "real_known_words": "real, no unknown word"}
-COLOURS = dict(zip(ARM_NAMES, ("#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+COLOURS = dict(zip(ARM_NAMES, ("#555555", "#aaaaaa", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
 LABELS = {
     "guidance_scale": "guidance scale w",
     "adherence": "adherence",

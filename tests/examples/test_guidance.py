@@ -108,7 +108,7 @@ def test_few_pairs_and_the_text_that_is_left():
     plain = g2p_few_data.plain_pronunciations(entries)
     assert plain == {"carry": ["K EH R IY"], "tear": ["T EH R", "T IH R"]}
     assert g2p_few_data.make_pair("tear", plain["tear"], True) == {
-        "prompt": "t e a r :",
+        "prompt": "t e a r _ _ _ _ _ _ :",
         "completion": " T EH R",
         "references": ["T EH R", "T IH R"],
     }
@@ -120,7 +120,7 @@ def test_unpaired_phonemes_tell_nothing_about_pairs_or_held_out_words():
     plain = {word: [" ".join(words[i - (i % 3 == 2)].upper())] for i, word in enumerate(words)}
     files = g2p_few_data.make_files(plain, num_pairs=60)
     assert len(files["pairs"]) == 60
-    known = [row["prompt"].removesuffix(" :").replace(" ", "") for name, rows in files.items() for row in rows
+    known = [row["prompt"].strip(" _:").replace(" ", "") for name, rows in files.items() for row in rows
              if name != "unpaired"]  # fmt: skip
     assert len(known) == len(set(known))
     sounds = {row["completion"].strip() for name, rows in files.items() for row in rows if name != "unpaired"}
@@ -224,7 +224,7 @@ def test_arms_differ_in_their_rows_only():
     }.items():
         different = {key for key, value in flags[arm].items() if flags["sft_only"].get(key) != value}
         assert different - {"output_dir"} == keys
-    assert flags["distilled"]["max_steps"] == 100
+    assert (flags["sft_half"]["max_steps"], flags["distilled"]["max_steps"]) == (200, 100)
     assert flags["distilled"]["model_name_or_path"] == flags["unsupervised"]["output_dir"]
 
 
