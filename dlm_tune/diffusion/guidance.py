@@ -61,7 +61,8 @@ def guided_logits(cond_logits: Tensor, uncond_logits: Tensor, guidance_scale: fl
     # finite, so that no difference is inf - inf; in float32's range, so that dividing by a temperature is safe later
     limits = torch.finfo(torch.float32)
     cond, uncond = (logits.to(dtype).clamp(min=limits.min) for logits in (cond_logits, uncond_logits))
-    scale = guidance_scale.to(dtype)[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
+    # 1 + w is rounded once, so that a row's own scale gives what the same scale of all rows gives
+    weight = 1 + (guidance_scale.double()[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale)
     # the branch itself where w is 0 or -1, not its rounding
-    guided = uncond.lerp_(cond, torch.as_tensor(1 + scale, dtype=dtype, device=cond.device))
+    guided = uncond.lerp_(cond, torch.as_tensor(weight, dtype=dtype, device=cond.device))
     return guided.clamp_(limits.min, limits.max)

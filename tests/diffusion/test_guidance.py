@@ -48,11 +48,13 @@ def test_a_constant_in_a_branch_changes_nothing(scale):
     torch.testing.assert_close(shifted.softmax(-1), guided_logits(cond, uncond, scale).softmax(-1), rtol=0, atol=1e-13)
 
 
-def test_each_position_may_have_its_own_scale():
-    cond, uncond = branches()
-    scales = torch.tensor(SCALES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_position_may_have_its_own_scale(dtype):
+    """To the bit, also where float32 cannot hold the scale."""
+    cond, uncond = branches(num_positions=200, dtype=dtype)
+    scales = torch.cat([torch.tensor(SCALES), torch.linspace(-1.1, 3.3, 200 - len(SCALES))]).double() * (1 + 1e-9)
     together = guided_logits(cond, uncond, scales)
-    for n, scale in enumerate(SCALES):
+    for n, scale in enumerate(scales.tolist()):
         assert together[n].equal(guided_logits(cond[n : n + 1], uncond[n : n + 1], scale)[0])
 
 
