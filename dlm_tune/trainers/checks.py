@@ -72,7 +72,9 @@ def _check_unpaired(args: DiffusionConfig, unpaired_dataset: Any) -> None:
         )
 
 
-def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def read_first_row(
+    row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTrainedTokenizerBase, *, has_unpaired: bool = False
+) -> None:
     """Decides `assistant_only_loss` and `eos_policy` by the data, and refuses what does not fit them."""
     if is_conversational(row) and not tokenizer.chat_template and not args.chat_template_path:
         raise ValueError(
@@ -84,18 +86,35 @@ def read_first_row(row: dict[str, Any], args: DiffusionConfig, tokenizer: PreTra
             f"random_length_probability={args.random_length_probability} has no effect on prompts with answers: "
             "it shortens rows of plain text only. Remove it."
         )
-    has_prompts = "prompt" in row or is_conversational(row) or _has_context(row)
-    if not has_prompts:
-        for name in ("prompt_dropout", "prompt_noising", "unpaired_fraction", "guidance_distillation_scale"):
-            if getattr(args, name):
-                raise ValueError(
-                    f"{name}={getattr(args, name)} has no effect on plain text, which has no prompts. Remove it: "
-                    "pretraining on text trains the unconditional branch as it is."
-                )
     if args.assistant_only_loss is None:
         args.assistant_only_loss = is_conversational(row) and "prompt" not in row
+    _check_prompts(row, args, has_unpaired)
     if args.eos_policy is None:
         _choose_eos_policy(row, args)
+
+
+def _check_prompts(row: dict[str, Any], args: DiffusionConfig, has_unpaired: bool) -> None:
+    """Refuse what is done with prompts where every token is a target."""
+    is_chat = is_conversational(row)
+    is_answer_only = "prompt" in row and args.completion_only_loss is not False
+    if is_answer_only or (is_chat and args.assistant_only_loss) or _has_context(row):
+        return
+    names = ("prompt_dropout", "prompt_noising", "unpaired_fraction", "guidance_distillation_scale")
+    found = [f"{name}={getattr(args, name)}" for name in names if getattr(args, name)]
+    if has_unpaired and "labels" not in row:  # of tokenised rows the first need not tell
+        found.append("unpaired_dataset")
+    if not found:
+        return
+    if "prompt" in row or is_chat:
+        setting = "completion_only_loss" if "prompt" in row else "assistant_only_loss"
+        raise ValueError(
+            f"{found[0]} has no effect where prompts are targets themselves, and so never hidden. Remove it, or "
+            f"{setting}=False."
+        )
+    raise ValueError(
+        f"{found[0]} has no effect on plain text, which has no prompts. Remove it: pretraining on text trains the "
+        "unconditional branch as it is."
+    )
 
 
 def _choose_eos_policy(row: dict[str, Any], args: DiffusionConfig) -> None:

@@ -99,7 +99,7 @@ class DiffusionTrainer(SFTTrainer):
         eval_dataset = self._check_raw(eval_dataset, args, "eval")
         unpaired_dataset = self._check_raw(unpaired_dataset, args, "unpaired")
         first_row = next(iter(train_dataset))
-        read_first_row(first_row, args, processing_class)
+        read_first_row(first_row, args, processing_class, has_unpaired=unpaired_dataset is not None)
         set_guidance_keep_tokens(base_model.config, args, processing_class)
         self.mask_token_id: int = base_model.config.mask_token_id
         self.logits_shift: bool = base_model.config.logits_shift

@@ -57,10 +57,11 @@ def first_batch(trainer):
 
 
 def step_of(num_rows, keep=(), epoch=0, first_target_position=0, num_unpaired=0, **arguments):
-    """Rows of BOS, three prompt tokens and five targets."""
+    """Rows of BOS, three prompt tokens and five targets; unpaired rows have fifteen."""
     rows = []
     for index in range(num_rows):
-        ids = [BOS_ID, *(10 + (5 * index + position) % 50 for position in range(8))]
+        num_tokens = 18 if index < num_unpaired else 8
+        ids = [BOS_ID, *(10 + (5 * index + position) % 50 for position in range(num_tokens))]
         labels = [-100] * 4 + ids[4:]
         row = {"input_ids": ids, "labels": labels, "row_index": index}
         rows.append(row | ({"is_unpaired": index < num_unpaired} if num_unpaired else {}))
@@ -219,11 +220,12 @@ def test_the_gradient_is_the_weighted_sum_of_the_parts(tmp_path, normalization, 
 def test_parts_of_different_length_have_equal_say():
     """Long unpaired rows do not drown short answers: each part counts by its share of the rows."""
     batch = step_of(8, num_unpaired=2)
-    weights = batch["loss_weights"].double().sum(dim=1)
-    items = batch["target_mask"].sum(dim=1).double()
-    assert batch["row_items"][:2].tolist() == [float(items[:2].sum()) * 4] * 2
-    assert batch["row_items"][2:].tolist() == pytest.approx([float(items[2:].sum()) * 8 / 6] * 6)
-    assert (weights > 0).all()
+    assert batch["target_mask"].sum(dim=1).tolist() == [15] * 2 + [5] * 6
+    assert batch["row_items"].tolist() == pytest.approx([30 * 8 / 2] * 2 + [30 * 8 / 6] * 6)
+    # so that the weights of all targets of a part sum to its share of the rows
+    sums = batch["target_mask"].sum(dim=1) / batch["row_items"]
+    assert float(sums[:2].sum()) == pytest.approx(2 / 8)
+    assert (batch["loss_weights"].sum(dim=1) > 0).all()
 
 
 def test_a_step_of_one_kind_has_the_full_weight():
@@ -325,3 +327,25 @@ def test_bad_settings_are_refused(tmp_path, arguments, texts, message):
 def test_plain_text_has_no_prompt_to_hide(tmp_path, key):
     with pytest.raises(ValueError, match=f"{key}=0.1 has no effect on plain text"):
         make_trainer(tmp_path, rows=TEXTS, texts=None, block_length=None, **{key: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("rows", "setting"),
+    [
+        (PAIRS, {"completion_only_loss": False}),
+        ([{"messages": row["prompt"] + row["completion"]} for row in CHATS], {"assistant_only_loss": False}),
+    ],
+    ids=["text", "chat"],
+)
+@pytest.mark.parametrize("given", [{"prompt_dropout": 0.1}, {"prompt_noising": 0.1}, {"unpaired_fraction": 0.5}, {}])
+def test_prompts_that_are_targets_are_not_hidden(tmp_path, rows, setting, given):
+    """Unpaired text would stand alone, where sampling puts it behind a masked prompt."""
+    has_text = not given or "unpaired_fraction" in given
+    name = next(iter(given), "unpaired_dataset")
+    with pytest.raises(ValueError, match=f"{name}.* has no effect where prompts are targets.*{next(iter(setting))}"):
+        make_trainer(tmp_path, rows=rows, texts=TEXTS if has_text else None, **given, **setting)
+
+
+def test_plain_text_is_not_mixed_with_unpaired_text(tmp_path):
+    with pytest.raises(ValueError, match="unpaired_dataset has no effect on plain text"):
+        make_trainer(tmp_path, rows=TEXTS, block_length=None)
