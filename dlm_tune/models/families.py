@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # Both templates mark the assistant's words and end-of-turn token as generated, so that TRL's `assistant_only_loss`
-# trains the stop token, and open an assistant turn only when `add_generation_prompt` asks for it.
+# trains the stop token, and open an assistant turn only when `add_generation_prompt` asks for it. ChatML's line break
+# belongs to the turn, as in rows of prompt and completion: behind it the answer is filled with EOS.
 LLADA_CHAT_TEMPLATE = (
     "{%- if bos_token -%}{{ bos_token }}{%- endif -%}"
     "{%- for message in messages -%}"
@@ -19,7 +20,7 @@ CHATML_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ message['content'] + 'END_OF_TURN' }}{%- endgeneration -%}{{ '\n' }}"
+    "{%- generation -%}{{ message['content'] + 'END_OF_TURN\n' }}{%- endgeneration -%}"
     "{%- else -%}{{ message['content'] + 'END_OF_TURN\n' }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"

@@ -268,6 +268,12 @@ class DiffusionConfig(SFTConfig):
                 f"cart_geometric_p={self.cart_geometric_p} has no effect with loss_weighting='{self.loss_weighting}'. "
                 "Remove it or set loss_weighting='cart'."
             )
+        if self.guidance_distillation_scale is not None and self.prompt_noising:
+            faults.append(
+                f"prompt_noising={self.prompt_noising} does not go with guidance_distillation_scale="
+                f"{self.guidance_distillation_scale}: a prompt that is a target is no condition, so that row would "
+                "learn unguided answers. Remove one of them."
+            )
         if self.guidance_distillation_scale is not None and self.completion_only_loss is False:
             faults.append(
                 f"guidance_distillation_scale={self.guidance_distillation_scale} has no effect with "

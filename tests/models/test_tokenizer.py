@@ -60,7 +60,7 @@ def test_family_template(family: str, tmp_path: Path) -> None:
     assert opened == expected[0] + expected[1]
     encoded = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
     generated = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(generated) == {"llada": "Yes.<|eot_id|>", "Dream": "Yes.<|im_end|>"}[family]
+    assert tokenizer.decode(generated) == {"llada": "Yes.<|eot_id|>", "Dream": "Yes.<|im_end|>\n"}[family]
 
 
 def test_template_that_never_closes_is_replaced(tmp_path: Path) -> None:

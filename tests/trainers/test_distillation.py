@@ -309,6 +309,11 @@ def test_checkpoints_say_what_they_were_distilled_from(tmp_path):
     assert not hasattr(make_trainer(tmp_path).model.config, "guidance_distillation_scale")
 
 
+def test_noised_prompts_are_no_condition(tmp_path):
+    with pytest.raises(ValueError, match=r"prompt_noising=0.1 does not go with guidance_distillation_scale=1.5"):
+        DiffusionConfig(output_dir=str(tmp_path), guidance_distillation_scale=W, prompt_noising=0.1)
+
+
 @pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
 def test_scales_that_guide_nowhere_are_refused(tmp_path, scale):
     with pytest.raises(ValueError, match=r"guidance_distillation_scale=.* must be finite and not 0"):

@@ -174,6 +174,22 @@ def test_chat_text_ends_as_an_assistants_turn(tmp_path):
     assert all(row["input_ids"][-1] == EOS_ID for row in plain.train_dataset.unpaired)
 
 
+@pytest.mark.parametrize("family", ["llada", "Dream"])
+def test_turns_of_messages_end_like_completions(tmp_path, family):
+    """Answers are filled to a block behind the end of turn, in `messages` too; no prompt follows an answer."""
+    tokenizer = tiny_tokenizer(family)
+    messages = [{"messages": [*row["prompt"], *row["completion"]]} for row in CHATS]
+    for rows in (CHATS, messages):
+        trainer = make_trainer(
+            tmp_path, tiny_llada() if family == "llada" else tiny_dream(), rows, tokenizer=tokenizer
+        )
+        batch = first_batch(trainer)
+        for row in range(len(batch["input_ids"])):
+            targets = batch["target_mask"][row].nonzero()[:, 0]
+            assert len(targets) % 4 == 0
+            assert int(targets[-1]) == int(batch["attention_mask"][row].nonzero()[-1])
+
+
 # How much it counts
 
 
