@@ -75,7 +75,7 @@ TASKS = {
         "g2p",
         4,
         DiffusionGenerationConfig(max_new_tokens=16, steps=16, block_length=None),
-        num_samples=1000,
+        num_samples=400,
         distillation_scale=1.0,
     ),
 }

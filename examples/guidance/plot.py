@@ -104,21 +104,18 @@ def draw(rows: list[dict[str, Any]], x: str, y: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def means_table(task: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: each arm and scale, means over seeds ± standard errors over seeds."""
-    names = FIGURES[task]
-    lines = [
-        f"| arm | w | seeds | {' | '.join(LABELS[name] for name in names)} |",
-        "|---" * (3 + len(names)) + "|",
-    ]
-    for arm, points in curves(rows).items():
-        for scale, seeds in points.items():
-            figures = (over_seeds([row[name] for row in seeds]) for name in names)
-            cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in figures)
-            lines.append(f"| `{arm}` | {scale:g} | {len(seeds)} | {cells} |")
-    for row in (row for row in rows if row["arm"] in REAL):
-        lines.append(f"| {REAL[row['arm']]} | | | {' | '.join(f'{row[name]:.3f}' for name in names)} |")
-    return lines
+def scales_table(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: one figure, arms by guidance scales, means over seeds ± standard errors over seeds."""
+    found = curves(rows)
+    scales = sorted({scale for points in found.values() for scale in points})
+    lines = [f"| {LABELS[name]} | seeds | {' | '.join(f'w = {scale:g}' for scale in scales)} |"]
+    lines.append("|---" * (2 + len(scales)) + "|")
+    for arm, points in found.items():
+        means = {scale: over_seeds([row[name] for row in seeds]) for scale, seeds in points.items()}
+        cells = (f"{means[scale][0]:.3f} ± {means[scale][1]:.3f}" if scale in means else "" for scale in scales)
+        lines.append(f"| `{arm}` | {min(map(len, points.values()))} | {' | '.join(cells)} |")
+    real = [f"{REAL[row['arm']]}: {row[name]:.3f}" for row in rows if row["arm"] in REAL]
+    return [*lines, *(["", "; ".join(real)] if real else [])]
 
 
 def branches_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -172,7 +169,9 @@ def main() -> None:
             print(arguments.output_dir / f"{name}.svg")
     for task, rows in results.items():
         if rows:
-            print("", *means_table(task, rows), "", *gains_table(task, rows), "", *branches_table(rows), sep="\n")
+            for name in FIGURES[task]:
+                print("", *scales_table(name, rows), sep="\n")
+            print("", *gains_table(task, rows), "", *branches_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

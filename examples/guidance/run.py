@@ -175,15 +175,27 @@ def score_all(task: Task, arguments: argparse.Namespace) -> None:
             for scale in missing:
                 texts, cost = sample(task, model, tokenizer, scorer.rows, scale)
                 key = {"task": task.name, "arm": arm, "seed": seed, "guidance_scale": scale, "n": len(texts)}
-                command = {"training_seconds": training["seconds"], "training_command": training["command"]}
+                command = {
+                    "training_seconds": training["seconds"],
+                    "training_command": training["command"],
+                    "command": sampling_command(task, arm, seed, scale),
+                }
                 append(path, {**key, **scorer.score(texts), **cost, **command, "samples": texts[:: len(texts) // 5]})
+
+
+def sampling_command(task: Task, arm: str, seed: int, scale: float) -> str:
+    """What makes this line of the results, given the training."""
+    flags = f"--task {task.name} --stage score --arms {arm} --seeds {seed} --scales {scale}"
+    return f"python examples/guidance/run.py {flags}"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
     rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(rounded) + "\n")
-    shown = {key: value for key, value in rounded.items() if not key.startswith(("training", "samples", "task"))}
+    shown = {
+        key: value for key, value in rounded.items() if not key.startswith(("training", "samples", "task", "command"))
+    }
     print(" ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
 

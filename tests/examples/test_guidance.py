@@ -238,13 +238,21 @@ def test_tables_and_plots(tmp_path):
                 {"arm": "unsupervised", "seed": seed, "guidance_scale": scale, "adherence_error": 0.03, **figures}
             )
     assert plot.over_seeds([0.6, 0.8]) == pytest.approx((0.7, 0.1))
-    table = plot.means_table("category", rows)
-    assert table[2].startswith("| `unsupervised` | 0 | 2 | 0.500 ± 0.000 |")
-    assert table[3].startswith("| `unsupervised` | 1 | 2 | 0.700 ± 0.100 |")
+    rows.append({"arm": "sft_only", "seed": 0, "guidance_scale": 0.0, "adherence": 0.25})
+    rows.append({"arm": "real", "adherence": 0.75})
+    table = plot.scales_table("adherence", rows)
+    assert table[0] == "| adherence | seeds | w = 0 | w = 1 |"
+    assert table[2:] == [
+        "| `sft_only` | 1 | 0.250 ± 0.000 |  |",
+        "| `unsupervised` | 2 | 0.500 ± 0.000 | 0.700 ± 0.100 |",
+        "",
+        "real glosses: 0.750",
+    ]
+    rows = rows[:4]
     gains = plot.gains_table("category", rows)
     # 0.3 / sqrt(2 * 0.03^2)
     assert gains[3] == "| `unsupervised` | 1 | 0.500 ± 0.030 | 1 | 0.800 ± 0.030 | +0.300 | 7.1 |"
-    assert len({line.count("|") for line in table}) == len({line.count("|") for line in gains}) == 1
+    assert len({line.count("|") for line in gains}) == 1
     plot.draw(rows, "distinct_2", "adherence", tmp_path / "one.svg")
     text = (tmp_path / "one.svg").read_text()
     assert "with unpaired text" in text
