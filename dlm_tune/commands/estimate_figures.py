@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dlm_tune.commands.inspect_batch import noise_bucket
-from dlm_tune.data import PackedRows
+from dlm_tune.data import PackedRows, UnpairedMixture
 from dlm_tune.data.rows import IGNORED_LABEL
 from dlm_tune.diffusion import NoiseSchedule
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
@@ -102,8 +102,10 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 def training_rows(trainer: DiffusionTrainer) -> Dataset:
-    """The rows, packed or not."""
+    """The rows, packed or not; unpaired rows among them as one pass over the others has them."""
     dataset = trainer.train_dataset
+    if isinstance(dataset, UnpairedMixture):
+        return dataset.one_pass()
     return dataset.rows if isinstance(dataset, PackedRows) else dataset
 
 

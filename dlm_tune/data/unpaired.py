@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from torch.utils.data import Dataset, Sampler
 
 from dlm_tune.data.rows import IGNORED_LABEL
@@ -75,6 +76,15 @@ class UnpairedMixture(Dataset):
         """Return whether a position is unpaired, and how many positions of its kind precede it."""
         before, after = (k * self._share.numerator // self._share.denominator for k in (position, position + 1))
         return (True, before) if after > before else (False, position - before)
+
+    def one_pass(self) -> datasets.Dataset:
+        """Return `input_ids` and `labels` of the first pass over the paired rows, in memory."""
+        columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+        for position in range(len(self)):
+            row = self[position]
+            for name, values in columns.items():
+                values.append(np.asarray(row[name], dtype=np.int32))
+        return datasets.Dataset(pa.table({name: pa.array(values) for name, values in columns.items()}))
 
     def _paired_row(self, number: int) -> dict[str, Any]:
         return {**self.paired[self._nth(_PAIRED, number, len(self.paired))], "is_unpaired": False}

@@ -164,6 +164,19 @@ def test_sum_of_the_weights(tmp_path, normalization):
     assert uniform.weight_mean == pytest.approx(uniform.masked / uniform.targets, rel=0.1)
 
 
+def test_unpaired_rows_are_counted(tmp_path, capsys):
+    """24 pairs and as many lines of text, each behind the prompt of a pair."""
+    (tmp_path / "text.txt").write_text("".join(f"{letter * 20}\n" for letter in "abcdefgh"))
+    recipe = workspace(tmp_path, unpaired_dataset=tmp_path / "text.txt")
+    trainer, model_arguments, model_config = build(recipe)
+    data = data_figures(trainer)
+    assert len(data.lengths) == 48
+    assert (data.num_targets == 21).sum() == 24, "20 letters and EOS"
+    setup = step_setup(trainer, data, step_figures(trainer), model_arguments, model_config)
+    assert setup.length == len("past of w10: ") + 21
+    assert re.search(r"rows +48\n", estimate(capsys, recipe))
+
+
 # Memory
 
 

@@ -133,3 +133,11 @@ def test_the_collator_marks_unpaired_rows():
 def test_what_a_template_puts_before_a_text_is_left_out():
     rows = Dataset.from_list([{"input_ids": [7, 8, 9, 3], "labels": [-100, -100, 9, 3], "extra": 1}])
     assert answers_without_prompts(rows)[0] == {"input_ids": [9, 3], "labels": [9, 3]}
+
+
+def test_one_pass_holds_the_rows_of_the_first_epoch():
+    stream = mixture(max_length=6)
+    rows = stream.one_pass()
+    assert len(rows) == len(stream)
+    expected = [{name: stream[place][name] for name in ("input_ids", "labels")} for place in range(len(stream))]
+    assert list(rows) == expected
