@@ -11,7 +11,7 @@ from dlm_tune.commands.arguments import GenerateArguments
 from dlm_tune.commands.checkpoint import inference_device_map, load_checkpoint
 from dlm_tune.commands.console import say
 from dlm_tune.generation import config_for_tokenizer, decode_completion, generate, pad_prompts, tokenize_prompt
-from dlm_tune.generation.guidance import row_scales
+from dlm_tune.generation.guidance import check_prompts, row_scales
 from dlm_tune.recipe import Recipe
 
 Prompt = str | list[dict[str, str]]
@@ -30,11 +30,14 @@ def run_generate(recipe: Recipe) -> None:
     if wraps_text(arguments.chat_template, checkpoint.model_name_or_path, model):
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     config = config_for_tokenizer(generation_config, tokenizer, model)
+    prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    if arguments.negative_prompt is None:
+        check_prompts(model.config, config, prompt_ids)
     completions: list[str] = []
     num_tokens, num_passes, num_row_passes, start = 0, 0, 0, time.perf_counter()
     for first in range(0, len(prompts), arguments.batch_size):
         batch = prompts[first : first + arguments.batch_size]
-        token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in batch]
+        token_ids = prompt_ids[first : first + arguments.batch_size]
         input_ids, attention_mask = pad_prompts(token_ids, tokenizer.pad_token_id, model.device)
         rows = torch.arange(first, first + len(token_ids))
         negative_input_ids, negative_attention_mask = _negative_prompts(arguments, batch, tokenizer, model)

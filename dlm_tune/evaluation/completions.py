@@ -18,7 +18,7 @@ from dlm_tune.generation import (
     pad_prompts,
     tokenize_prompt,
 )
-from dlm_tune.generation.guidance import row_scales
+from dlm_tune.generation.guidance import check_prompts, row_scales
 
 ERROR_UNITS = ("character", "word")
 
@@ -120,6 +120,7 @@ def _generate_texts(
 ) -> tuple[list[str], int, int]:
     """Generated texts in the order of `prompts`, forward passes and rows in them; the longest prompts run first."""
     token_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    check_prompts(model.config, config, token_ids)
     order = sorted(range(len(prompts)), key=lambda index: -len(token_ids[index]))
     device = next(model.parameters()).device
     texts = [""] * len(prompts)

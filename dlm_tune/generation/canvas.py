@@ -76,10 +76,11 @@ def make_canvas(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens
     prompt_length = input_ids.shape[1]
     max_positions = getattr(model_config, "max_position_embeddings", None)
     if max_positions is not None and prompt_length + max_new_tokens > max_positions:
+        room = max_positions - prompt_length
+        remedy = f"Shorten the prompts or use max_new_tokens={room} or less." if room > 0 else "Shorten the prompts."
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after prompts of {prompt_length} tokens makes "
-            f"{prompt_length + max_new_tokens} positions; the model has {max_positions}. Shorten the prompts or use "
-            f"max_new_tokens={max(max_positions - prompt_length, 0)} or less."
+            f"{prompt_length + max_new_tokens} positions; the model has {max_positions}. {remedy}"
         )
     prompt_mask = _check_padding(input_ids, attention_mask)
     _check_mask_tokens(input_ids, prompt_mask, mask_token_id)

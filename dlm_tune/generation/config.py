@@ -180,7 +180,8 @@ class DiffusionGenerationConfig:
             has_row_scales: guidance scales are given row by row, instead of `guidance_scale`.
 
         Raises:
-            ValueError: options of guidance without effect, or a schedule without its interval.
+            ValueError: options of guidance without effect, a schedule without its interval, or one that guides no
+                step.
         """
         if self.guidance_schedule == "interval" and self.guidance_interval is None:
             raise ValueError(
@@ -188,6 +189,7 @@ class DiffusionGenerationConfig:
                 "for example [0.2, 0.8]."
             )
         if has_row_scales or self.guidance_scale != 0:
+            self._check_schedule()
             return
         for name in ("guidance_schedule", "guidance_interval", "guidance_batching"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -196,6 +198,33 @@ class DiffusionGenerationConfig:
                     f"{name}={value!r} has no effect with guidance_scale=0. Set guidance_scale, for example to 1, or "
                     f"leave {name} at {default!r}."
                 )
+
+    def _check_schedule(self) -> None:
+        start, end = (0.0, 1.0) if self.guidance_interval is None else self.guidance_interval
+        shares = self._committed_shares()
+        if self.guidance_schedule == "linear" and not any(shares):
+            raise ValueError(
+                f"guidance_schedule='linear' guides no step: w is 0 in the first step, and steps={self.steps} with "
+                f"max_new_tokens={self.max_new_tokens} makes one. Use 2 or more, or guidance_schedule='constant'."
+            )
+        if self.guidance_schedule == "interval" and not any(start <= share < end for share in shares):
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval} holds none of the {len(shares)} steps, which begin at "
+                f"committed shares of {', '.join(f'{share:.3g}' for share in shares[:8])}"
+                f"{', ...' if len(shares) > 8 else ''}. Widen the interval, or raise steps={self.steps}."
+            )
+
+    def _committed_shares(self) -> list[float]:
+        """Share of the canvas that is committed before each step."""
+        length = self.block_length or self.max_new_tokens
+        base, remainder = divmod(self.steps, self.num_blocks)
+        shares = []
+        for block in range(self.num_blocks):
+            num_steps = min(base + (block < remainder), length)
+            tokens, extra = divmod(length, num_steps)  # as in `transfer_counts`
+            committed = (block * length + step * tokens + min(step, extra) for step in range(num_steps))
+            shares += [count / self.max_new_tokens for count in committed]
+        return shares
 
 
 _NAMES = ("remasking", "confidence_from", "guidance_schedule")

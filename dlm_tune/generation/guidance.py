@@ -4,6 +4,7 @@ The conditional branch is the canvas after its prompt. The second branch is the 
 `dlm_tune.diffusion.mask_prompt` masks it in training too, or after a negative prompt.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -173,12 +174,23 @@ def make_guidance(
     # Branches that see the same agree, whatever the scale.
     differs = (hidden != prompts).any(1)
     if guidance_scales is None and not bool(differs.any()):
-        raise ValueError(
-            f"guidance_scale={config.guidance_scale} cannot guide: the prompts are empty or hold kept tokens only, so "
-            "that the unconditional branch sees what the conditional one sees. Give prompts, negative_input_ids, or "
-            "guidance_scale=0."
-        )
+        raise _nothing_to_hide(config)
     return Guidance(config, scales.where(differs, 0.0), hidden, canvas.attention_mask)
+
+
+def check_prompts(model_config: Any, config: DiffusionGenerationConfig, prompts: Iterable[Collection[int]]) -> None:
+    """Refuse guidance that no prompt of several batches, token ids, could be given (see `row_scales`)."""
+    kept = set(guidance_keep_token_ids(model_config))
+    if config.guidance_scale != 0 and not any(set(prompt) - kept for prompt in prompts):
+        raise _nothing_to_hide(config)
+
+
+def _nothing_to_hide(config: DiffusionGenerationConfig) -> ValueError:
+    return ValueError(
+        f"guidance_scale={config.guidance_scale} cannot guide: the prompts are empty or hold kept tokens only, so "
+        "that the unconditional branch sees what the conditional one sees. Give prompts, negative prompts, or "
+        "guidance_scale=0."
+    )
 
 
 def row_scales(config: DiffusionGenerationConfig, num_rows: int) -> Tensor | None:

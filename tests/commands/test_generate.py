@@ -85,6 +85,14 @@ def test_guidance_and_a_negative_prompt(checkpoint, tmp_path, capsys, is_batched
         ({"guidance_schedule": "linear"}, "guidance_schedule='linear' has no effect with guidance_scale=0"),
         ({"guidance_scale": 1, "guidance_interval": "[0.2, 0.8]"}, "no effect with guidance_schedule='constant'"),
         ({"guidance_scale": 1, "guidance_schedule": "interval"}, "needs guidance_interval"),
+        (
+            {"guidance_scale": 1, "guidance_schedule": "interval", "guidance_interval": "[0.9, 1]"},
+            "guidance_interval=[0.9, 1] holds none of the 8 steps, which begin at committed shares of 0, 0.125,",
+        ),
+        (
+            {"guidance_scale": 1, "guidance_schedule": "linear", "steps": 1, "block_length": 8},
+            "guidance_schedule='linear' guides no step: w is 0 in the first step",
+        ),
     ],
 )
 def test_guidance_without_effect_is_refused_before_anything_loads(tmp_path, capsys, options, words):
@@ -95,3 +103,16 @@ def test_guidance_without_effect_is_refused_before_anything_loads(tmp_path, caps
 def test_an_interval_is_read(checkpoint, tmp_path):
     options = {"guidance_scale": 2, "guidance_schedule": "interval", "guidance_interval": "[0.25, 0.5]"}
     assert run(checkpoint, tmp_path, ["abc"], **options) != run(checkpoint, tmp_path, ["abc"])
+
+
+def test_prompts_that_cannot_guide_are_refused_unless_there_is_another(checkpoint, tmp_path, capsys):
+    assert run(checkpoint, tmp_path, ["", "", ""], guidance_scale=1) is None
+    assert "guidance_scale=1 cannot guide: the prompts are empty" in capsys.readouterr().err
+    assert len(run(checkpoint, tmp_path, ["", "", "abc"], guidance_scale=1)) == 3
+    assert len(run(checkpoint, tmp_path, ["", "", ""], guidance_scale=1, negative_prompt="abc")) == 3
+
+
+def test_prompts_that_fill_the_model_can_only_be_shortened(checkpoint, tmp_path, capsys):
+    assert run(checkpoint, tmp_path, ["a" * 600]) is None
+    message = capsys.readouterr().err
+    assert message.rstrip().endswith("Shorten the prompts.")

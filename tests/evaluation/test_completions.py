@@ -134,3 +134,13 @@ def test_edit_error_rate_of_empty_references_is_not_a_number():
 def test_bad_input(rows, options, words):
     with pytest.raises(ValueError, match=words):
         evaluate_completions(tiny_llada(), tiny_tokenizer(), rows, CONFIG, **options)
+
+
+def test_guidance_needs_a_prompt_in_some_row():
+    config = DiffusionGenerationConfig(max_new_tokens=8, block_length=None, steps=2, guidance_scale=1.0)
+    rows = [{"prompt": "", "completion": "x"}] * 2
+    with pytest.raises(ValueError, match=r"guidance_scale=1\.0 cannot guide"):
+        evaluate_completions(tiny_llada(), tiny_tokenizer(), rows, config)
+    rows = [*rows, {"prompt": "a:", "completion": "x"}]
+    report = evaluate_completions(tiny_llada(), tiny_tokenizer(), rows, config, batch_size=1, show_progress=False)
+    assert report.num_row_passes > report.num_forward_passes

@@ -240,7 +240,7 @@ def test_rows_that_have_ended_leave_both_branches(negative):
         ({}, [2.0] * 4),
         ({"guidance_schedule": "linear"}, [0.0, 0.5, 1.0, 1.5]),
         ({"guidance_schedule": "interval", "guidance_interval": [0.25, 0.75]}, [0.0, 2.0, 2.0, 0.0]),
-        ({"guidance_schedule": "interval", "guidance_interval": [0.1, 0.25]}, [0.0] * 4),
+        ({"guidance_schedule": "interval", "guidance_interval": [0.1, 0.5]}, [0.0, 2.0, 0.0, 0.0]),
         ({"guidance_schedule": "interval", "guidance_interval": [0, 1]}, [2.0] * 4),
     ],
 )

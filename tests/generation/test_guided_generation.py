@@ -29,6 +29,18 @@ def test_adapters_and_methods_guide():
         assert generate(model, prompt, **options).sequences.equal(expected)
 
 
+@pytest.mark.parametrize("lengths", [(12, 6, 8), (12, None, 5), (12, 4, 7), (12, 4, 100), (7, None, 3), (1, None, 1)])
+def test_committed_shares_are_those_of_the_sampler(lengths):
+    options = dict(zip(("max_new_tokens", "block_length", "steps"), lengths, strict=True))
+    shares = []
+
+    def count(step, block, sequences):
+        shares.append(float((sequences[0, len(PROMPT) :] != MASK_ID).double().mean()))
+
+    generate(tiny_llada(), torch.tensor([PROMPT]), **options, stop_at_eos=False, on_step=count)
+    assert DiffusionGenerationConfig(**options)._committed_shares() == pytest.approx([0.0, *shares[:-1]])
+
+
 def test_evaluations_report_both_branches():
     rows = [{"prompt": f"{'word ' * (i % 3)}{i}:", "completion": "x"} for i in range(5)]
     model, tokenizer = tiny_llada(seed=1), tiny_tokenizer()
