@@ -386,6 +386,8 @@ def test_unknown_verb(capsys):
         (["eval", "--config", "{recipe}", "--generate", "--generation.step", "4"], ["unknown key 'step'", "'steps'"]),
         (["eval", "--config", "{recipe}", "--generation.steps", "4"], ["generation", "generate: true"]),
         (["eval", "--config", "{recipe}", "--dataset_name", "{folder}/pairs/train.jsonl"], ["nothing to evaluate on"]),
+        (["eval", "--config", "{recipe}", "--eval_dataset_name", "{folder}/pairs", "--unpaired_dataset",
+          "{folder}/text"], ["--unpaired_dataset: has no effect in `dlm-tune eval`"]),
         (["eval", "--model_name_or_path", "{folder}/model"], ["no evaluation data", "eval_dataset_name"]),
         (["eval", "--model_name_or_path", "{folder}/model", "--eval_dataset_name", "{folder}/text", "--generate"],
          ["prompt and completion, not text"]),

@@ -141,6 +141,7 @@ _ESTIMATE_KEYS = {
     "num_train_epochs",
     "optim",
 }
+_UNPAIRED_KEYS = {"unpaired_dataset", "unpaired_dataset_config", "unpaired_dataset_split"}
 _READ_BY = {"eval": _DATA_KEYS | _EVAL_KEYS, "inspect": _DATA_KEYS | _STEP_KEYS}
 
 
@@ -185,6 +186,8 @@ def _flags_not_read(verb: str, recipe: Recipe, keys: Mapping[str, Key]) -> list[
         f"--{name}: has no effect in `dlm-tune {verb}`, which does not read it. Remove it."
         for name, setting in recipe.settings.items()
         if setting.is_flag
-        and (keys[name].owner.__name__ == "RunArguments" or keys[name].owner.__name__ == "DiffusionConfig")
-        and name not in read
+        and (
+            (keys[name].owner.__name__ in ("RunArguments", "DiffusionConfig") and name not in read)
+            or (verb == "eval" and name in _UNPAIRED_KEYS)
+        )
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,11 +16,14 @@ from trl import ModelConfig, get_peft_config
 from dlm_tune import __version__
 from dlm_tune.commands.checkpoint import load_checkpoint
 from dlm_tune.commands.console import say
+from dlm_tune.commands.inspect_batch import base_config
 from dlm_tune.commands.launch import check_parallelism, check_processes
 from dlm_tune.data import find_format, load_datasets, load_unpaired
-from dlm_tune.models import FAMILIES
+from dlm_tune.models import FAMILIES, load_tokenizer
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+from dlm_tune.trainers.checks import check_arguments, check_prompts
+from dlm_tune.trainers.unpaired import set_guidance_keep_tokens
 
 # What tells a checkpoint-* folder of a run, whole or not, from a folder of another program
 _CHECKPOINT_FILES = (TRAINER_STATE_NAME, "training_args.bin", "model.safetensors", "adapter_model.safetensors")
@@ -86,6 +90,8 @@ def build_trainer(
             ],
             recipe.title,
         )
+    unpaired_dataset = load_unpaired(data_arguments, text_field=config.dataset_text_field)
+    check_guidance_data(model_arguments, config, train_dataset, eval_dataset, unpaired_dataset)
     is_quantised = model_arguments.load_in_4bit or model_arguments.load_in_8bit
     # bitsandbytes places weights while loading: each process on its own device
     device_map = {"": config.device} if is_quantised and not config.use_cpu else None
@@ -100,10 +106,32 @@ def build_trainer(
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        unpaired_dataset=load_unpaired(data_arguments, text_field=config.dataset_text_field),
+        unpaired_dataset=unpaired_dataset,
         processing_class=tokenizer,
         peft_config=adapter_config(model_arguments, model.config.model_type),
     )
+
+
+def check_guidance_data(
+    model_arguments: ModelConfig,
+    config: DiffusionConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    unpaired_dataset: Dataset | None,
+) -> None:
+    """Check before any weight is loaded what the trainer would refuse of guidance afterwards.
+
+    Raises:
+        ValueError: unpaired rows, or keys that hide prompts, that do not fit the data; kept tokens that do not exist.
+    """
+    check_arguments(config, train_dataset, eval_dataset, unpaired_dataset, {})
+    first_row: dict[str, Any] = next(iter(train_dataset), {})
+    if first_row and all(first_row.values()):  # null and empty columns are faults of their own
+        check_prompts(first_row, config, has_unpaired=unpaired_dataset is not None)
+    if config.guidance_keep_tokens is not None:
+        directory, checkpoint_config = base_config(model_arguments)
+        tokenizer = load_tokenizer(directory, model_config=checkpoint_config)
+        set_guidance_keep_tokens(checkpoint_config, config, tokenizer)
 
 
 def adapter_config(model_arguments: ModelConfig, model_type: str) -> LoraConfig | None:

@@ -88,16 +88,16 @@ def read_first_row(
         )
     if args.assistant_only_loss is None:
         args.assistant_only_loss = is_conversational(row) and "prompt" not in row
-    _check_prompts(row, args, has_unpaired)
+    check_prompts(row, args, has_unpaired=has_unpaired)
     if args.eos_policy is None:
         _choose_eos_policy(row, args)
 
 
-def _check_prompts(row: dict[str, Any], args: DiffusionConfig, has_unpaired: bool) -> None:
-    """Refuse what is done with prompts where every token is a target."""
+def check_prompts(row: dict[str, Any], args: DiffusionConfig, *, has_unpaired: bool = False) -> None:
+    """Refuse what is done with prompts where every token is a target, by the first training row."""
     is_chat = is_conversational(row)
     is_answer_only = "prompt" in row and args.completion_only_loss is not False
-    if is_answer_only or (is_chat and args.assistant_only_loss) or _has_context(row):
+    if is_answer_only or (is_chat and args.assistant_only_loss is not False) or _has_context(row):
         return
     names = ("prompt_dropout", "prompt_noising", "unpaired_fraction", "guidance_distillation_scale")
     found = [f"{name}={getattr(args, name)}" for name in names if getattr(args, name)]

@@ -53,7 +53,8 @@ class DiffusionConfig(SFTConfig):
             row in every window.
         prompt_dropout: share of paired rows whose prompt is masked, drawn anew in each epoch (standard classifier-free
             guidance: 0.1; unsupervised guidance: 0).
-        prompt_noising: share of paired rows whose prompt is noised and scored like the answer (joint training).
+        prompt_noising: share of paired rows whose prompt is noised and scored like the answer (joint training), among
+            those whose prompt is not masked by `prompt_dropout`.
         guidance_keep_tokens: tokens that the unconditional branch of guidance still sees in a prompt, such as BOS and
             the headers of a chat template; written to the checkpoint's config as `guidance_keep_token_ids`.
         guidance_distillation_scale: w. The loss is the divergence from what guidance of scale w would give with the
@@ -238,7 +239,8 @@ class DiffusionConfig(SFTConfig):
                 f"guidance_distillation_scale={scale} must be finite and not 0, which is no guidance; 1.0 is usual. "
                 "Remove it to train on the data."
             )
-        if self.unpaired_fraction is not None and not 0 < self.unpaired_fraction < 1:
+        # UnpairedMixture takes it as a ratio of integers below 1e9
+        if self.unpaired_fraction is not None and not 1e-9 <= self.unpaired_fraction <= 1 - 1e-9:
             faults.append(f"unpaired_fraction={self.unpaired_fraction} must lie between 0 and 1; the default is 0.5.")
         if self.eval_noise_samples < 1:
             faults.append(f"eval_noise_samples={self.eval_noise_samples} must be at least 1; the default is 8.")
@@ -267,6 +269,11 @@ class DiffusionConfig(SFTConfig):
             faults.append(
                 f"cart_geometric_p={self.cart_geometric_p} has no effect with loss_weighting='{self.loss_weighting}'. "
                 "Remove it or set loss_weighting='cart'."
+            )
+        if self.prompt_dropout == 1 and self.prompt_noising:
+            faults.append(
+                f"prompt_noising={self.prompt_noising} has no effect with prompt_dropout={self.prompt_dropout}, which "
+                "masks every prompt. Remove one of them."
             )
         if self.guidance_distillation_scale is not None and self.prompt_noising:
             faults.append(

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from dlm_tune.cli import main
 from dlm_tune.commands.train import prepare_output_dir
 from dlm_tune.trainers import DiffusionConfig
+from tests.commands.test_inspect_batch import workspace
 
 
 def prepare(folder: Path, overwrite: bool = False, is_adapter: bool = True, resume: str | None = None) -> str | None:
@@ -58,3 +60,22 @@ def test_adapter_and_full_model_do_not_share_a_folder(tmp_path, is_adapter, othe
     (tmp_path / other).touch()
     with pytest.raises(ValueError, match="which of the two is loaded later would be unclear"):
         prepare(tmp_path, overwrite=True, is_adapter=is_adapter)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--unpaired_dataset", "nothing.txt"], "unpaired_dataset='nothing.txt'"),
+        (["--unpaired_dataset", "text.txt", "--packing", "true"], "packing=True does not go with an unpaired_dataset"),
+        (["--unpaired_dataset", "text.txt", "--train_sampling_strategy", "group_by_length"], "does not go with"),
+        (["--guidance_keep_tokens", "<bos>"], "guidance_keep_tokens=['<bos>'] names ['<bos>']"),
+        (["--prompt_dropout", "0.1", "--completion_only_loss", "false"], "prompt_dropout=0.1 has no effect where"),
+    ],
+)
+def test_faults_of_guidance_are_found_before_weights_are_loaded(tmp_path, monkeypatch, capsys, flags, words):
+    recipe = workspace(tmp_path)
+    (tmp_path / "text.txt").write_text("abc\n")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["sft", "--config", recipe, *flags]) == 2
+    assert words in capsys.readouterr().err

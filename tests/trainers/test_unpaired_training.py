@@ -329,6 +329,8 @@ def test_what_stays_visible_is_stored_with_an_adapter(tmp_path):
         ),
         ({"guidance_keep_tokens": ["<|nothing|>"]}, None, r"guidance_keep_tokens=.*<\|nothing\|>.*does not have"),
         ({"unpaired_fraction": 1.0}, TEXTS, "unpaired_fraction=1.0 must lie between 0 and 1"),
+        ({"unpaired_fraction": 1e-12}, TEXTS, "unpaired_fraction=1e-12 must lie between 0 and 1"),
+        ({"prompt_dropout": 1.0, "prompt_noising": 0.5}, None, "prompt_noising=0.5 has no effect with prompt_dropout"),
         ({"prompt_dropout": 1.5}, None, "prompt_dropout=1.5 must lie between 0 and 1"),
         ({}, [{"text": "a<|mdm_mask|>b"}], "mask token"),
         ({"max_length": 4}, [{"text": "much too long a text"}], "max_length"),
