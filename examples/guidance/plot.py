@@ -38,7 +38,7 @@ LABELS = {
     "nelbo": "NELBO under the judge, nats per word",
     "distinct_2": "distinct-2",
     "distinct_1": "distinct-1",
-    "length": "words",
+    "length": "length, words or phonemes",
     "phoneme_error_rate": "phoneme error rate",
     "exact_match": "exact match",
 }
@@ -143,7 +143,7 @@ def gains_table(task: str, rows: list[dict[str, Any]]) -> list[str]:
             if 0.0 not in own or len(own) < 2:
                 continue
             start, best = own[0.0], max(own.values(), key=lambda row: sign * row[name])
-            gain = sign * (best[name] - start[name])
+            gain = sign * (best[name] - start[name]) + 0.0  # no negative zero
             error = math.hypot(best[f"{name}_error"], start[f"{name}_error"])
             values = (
                 f"{start[name]:.3f} ± {start[f'{name}_error']:.3f}",
