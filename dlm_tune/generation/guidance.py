@@ -4,6 +4,7 @@ The conditional branch is the canvas after its prompt. The second branch is the 
 `dlm_tune.diffusion.mask_prompt` masks it in training too, or after a negative prompt.
 """
 
+import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from dlm_tune.diffusion.classifier_guidance import ClassifierGuidance, classifie
 from dlm_tune.diffusion.guidance import guidance_keep_token_ids, guided_logits, mask_prompt
 from dlm_tune.generation.canvas import Canvas, make_canvas
 from dlm_tune.generation.config import DiffusionGenerationConfig
+
+logger = logging.getLogger(__name__)
 
 
 class StepLogits(Protocol):
@@ -163,6 +166,12 @@ def make_guidance(
         )
     if not bool((scales != 0).any()):
         return None
+    if getattr(model_config, "guidance_distillation_scale", None) is not None:
+        logger.warning(
+            "This model was distilled from a teacher guided at %s (config.guidance_distillation_scale): guiding it "
+            "again tilts its answers twice. Use guidance_scale=0.",
+            model_config.guidance_distillation_scale,
+        )
     if negative_input_ids is not None:
         negative = _negative_canvas(negative_input_ids, negative_attention_mask, canvas, model_config)
         return Guidance(config, scales, negative.tokens[:, : negative.prompt_length], negative.attention_mask)

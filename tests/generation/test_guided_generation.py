@@ -99,3 +99,14 @@ def test_a_shifted_model_needs_a_negative_prompt():
     given = {"negative_input_ids": torch.zeros(1, 0).long(), "guidance_scale": 1}
     with pytest.raises(ValueError, match=r"negative prompts: a prompt is empty.*BOS"):
         generate(tiny_dream(), torch.tensor([PROMPT]), **OPTIONS, **given)
+
+
+def test_guiding_a_distilled_model_again_is_noticed(caplog):
+    model = tiny_llada(seed=3)
+    generate(model, torch.tensor([PROMPT]), **OPTIONS, guidance_scale=1.0)
+    assert not caplog.records
+    model.config.guidance_distillation_scale = 1.5
+    generate(model, torch.tensor([PROMPT]), **OPTIONS)
+    assert not caplog.records
+    generate(model, torch.tensor([PROMPT]), **OPTIONS, guidance_scale=1.0)
+    assert "distilled from a teacher guided at 1.5" in caplog.text
