@@ -278,6 +278,10 @@ def test_smoke_run(tmp_path):
     flags += ["--max_steps", "2", "--num_samples", "10", "--root", str(tmp_path), "--results_dir", str(tmp_path)]
     assert "unsupervised-0" in run("run.py", *flags)
     rows = [json.loads(line) for line in (tmp_path / "g2p.jsonl").read_text().splitlines()]
+    branches = [row for row in rows if row["arm"].startswith("branches of")]
+    rows = [row for row in rows if row not in branches]
+    assert all(math.isfinite(row["nelbo_uncond"]) for row in branches)
+    assert len(branches) == 2
     assert [(row["arm"], row["guidance_scale"]) for row in rows] == [
         ("sft_only", 0.0), ("sft_only", 1.0), ("unsupervised", 0.0), ("unsupervised", 1.0),
     ]  # fmt: skip
