@@ -27,6 +27,17 @@ _SPECIAL_TOKENS = {
 _CHARACTERS = sorted(set(string.printable) - set("\r\x0b\x0c"))
 VOCAB_SIZE = 128
 
+# Arguments of a run of a few steps that leaves no files but those asked for
+SHORT_RUN: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
+
 
 def tiny_tokenizer(family: str = "llada", *, chat_template: bool = True) -> PreTrainedTokenizerFast:
     """One token per character (printable ASCII), plus the family's special tokens; pad is EOS, as published."""

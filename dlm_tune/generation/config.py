@@ -110,6 +110,13 @@ class DiffusionGenerationConfig:
         """Number of blocks of the canvas."""
         return self.max_new_tokens // (self.block_length or self.max_new_tokens)
 
+    @property
+    def block_steps(self) -> list[int]:
+        """Steps of each block: `steps` shared out, the first blocks get the remainder; never more than its tokens."""
+        base, remainder = divmod(self.steps, self.num_blocks)
+        length = self.max_new_tokens // self.num_blocks
+        return [min(base + (block < remainder), length) for block in range(self.num_blocks)]
+
     def _type_problems(self) -> Iterable[str]:
         expected: list[tuple[str, Callable[[object], bool], str]] = [
             *((name, _is_int, "an integer") for name in ("max_new_tokens", "steps", "seed")),
@@ -217,10 +224,8 @@ class DiffusionGenerationConfig:
     def _committed_shares(self) -> list[float]:
         """Share of the canvas that is committed before each step."""
         length = self.block_length or self.max_new_tokens
-        base, remainder = divmod(self.steps, self.num_blocks)
         shares = []
-        for block in range(self.num_blocks):
-            num_steps = min(base + (block < remainder), length)
+        for block, num_steps in enumerate(self.block_steps):
             tokens, extra = divmod(length, num_steps)  # as in `transfer_counts`
             committed = (block * length + step * tokens + min(step, extra) for step in range(num_steps))
             shares += [count / self.max_new_tokens for count in committed]

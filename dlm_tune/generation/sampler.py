@@ -137,12 +137,10 @@ def generate(
 def _plan(canvas: Canvas, config: DiffusionGenerationConfig) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Yield `(step, block, columns of the block, tokens to commit (B,))`, blocks from left to right."""
     block_length = config.block_length or config.max_new_tokens
-    base, remainder = divmod(config.steps, config.num_blocks)
     step = 0
-    for block in range(config.num_blocks):
+    for block, block_steps in enumerate(config.block_steps):
         start = canvas.prompt_length + block * block_length
         columns = slice(start, start + block_length)
-        block_steps = min(base + (block < remainder), block_length)
         for counts in transfer_counts(canvas.is_masked[:, columns].sum(1), block_steps).unbind(1):
             yield step, block, columns, counts
             step += 1

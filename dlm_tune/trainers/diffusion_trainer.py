@@ -25,6 +25,7 @@ from dlm_tune.data import (
     UnpairedMixture,
     check_raw_rows,
     check_rows,
+    to_sequences,
 )
 from dlm_tune.diffusion import noise_bank
 from dlm_tune.models import (
@@ -38,7 +39,7 @@ from dlm_tune.models import (
 from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.distillation import make_teacher
-from dlm_tune.trainers.model_inputs import masked_token_inputs, prompt_mask
+from dlm_tune.trainers.model_inputs import is_unpaired, masked_token_inputs, prompt_mask
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
@@ -287,13 +288,12 @@ class DiffusionTrainer(SFTTrainer):
         noisy, pad_token_id = inputs["noisy"], self.processing_class.pad_token_id
         arguments = masked_token_inputs(inputs, noisy, pad_token_id, inputs["loss_weights"])
         if self._teacher is not None:
-            targets = self._teacher.guided_targets(model, arguments, prompt_mask(inputs))
+            targets = self._teacher.guided_targets(model, arguments, to_sequences(prompt_mask(inputs), inputs, False))
             outputs = model(guided_targets=targets, **arguments)
         else:
             outputs = model(**arguments)
         statistics = row_statistics(outputs.token_nll, outputs.is_top1, noisy, inputs["target_mask"])
-        part = inputs["is_unpaired"].long() if "is_unpaired" in inputs else torch.zeros_like(inputs["row_index"])
-        self._training_sums = self._training_sums.index_add(0, part, statistics)
+        self._training_sums = self._training_sums.index_add(0, is_unpaired(inputs).long(), statistics)
         # torch's DataParallel (several GPUs in one process) gives one sum a GPU, of which the Trainer takes the mean
         return outputs.loss.sum() * self.accelerator.num_processes
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dlm_tune.data import document_ids, to_sequences
@@ -32,5 +33,11 @@ def masked_token_inputs(
 
 
 def prompt_mask(inputs: dict[str, Any]) -> Tensor:
-    """(B, L) bool where the model sees tokens of a prompt: those attended that are no targets."""
-    return to_sequences(inputs["attention_mask"].bool() & ~inputs["target_mask"], inputs, False)
+    """(R, L) bool, tokens of a prompt: those attended that are no targets."""
+    return inputs["attention_mask"].bool() & ~inputs["target_mask"]
+
+
+def is_unpaired(inputs: dict[str, Any]) -> Tensor:
+    """(R,) bool, rows that come from the unpaired data set."""
+    unpaired = inputs.get("is_unpaired")
+    return torch.zeros_like(inputs["row_index"], dtype=torch.bool) if unpaired is None else unpaired

@@ -21,6 +21,7 @@ from dlm_tune.diffusion import (
     token_weights,
 )
 from dlm_tune.trainers.diffusion_config import DEFAULT_CART_P, DEFAULT_NOISE_EPSILON, DiffusionConfig
+from dlm_tune.trainers.model_inputs import is_unpaired, prompt_mask
 
 # what is counted in each microbatch and process
 _ROWS, _ITEMS, _TOKENS, _UNPAIRED_ROWS, _UNPAIRED_ITEMS = range(5)
@@ -87,7 +88,7 @@ def corrupt_step(
             mask_token_id=mask_token_id,
             noise_epsilon=args.noise_epsilon or DEFAULT_NOISE_EPSILON,
         )
-        hidden = attention_mask.bool() & ~target_mask & batch["prompt_hidden"][:, None]
+        hidden = prompt_mask(batch) & batch["prompt_hidden"][:, None]
         noisy_input_ids = mask_prompt(batch["noisy"].noisy_input_ids, hidden, mask_token_id, keep_token_ids)
         batch["noisy"].noisy_input_ids = noisy_input_ids
         weights = token_weights(
@@ -97,7 +98,7 @@ def corrupt_step(
             args.loss_weighting,
             geometric_p=args.cart_geometric_p or DEFAULT_CART_P,
         )
-        batch["row_items"] = num_items[_is_unpaired(batch).long()]
+        batch["row_items"] = num_items[is_unpaired(batch).long()]
         batch["loss_weights"] = loss_weights(weights, target_mask, args.loss_normalization, batch["row_items"]).float()
     return counts[:, :, _TOKENS].sum()
 
@@ -106,7 +107,7 @@ def _count(batches: list[dict[str, Any]], args: DiffusionConfig, gather: Callabl
     """(processes, microbatches, 5) float64: rows, items of the denominator, attended tokens; rows, items unpaired."""
     counts = []
     for batch in batches:
-        unpaired = _is_unpaired(batch)
+        unpaired = is_unpaired(batch)
         items = count_items(batch["target_mask"], args.loss_normalization)
         unpaired_items = count_items(batch["target_mask"] & unpaired[:, None], args.loss_normalization)
         tokens = batch["attention_mask"].sum()
@@ -124,11 +125,6 @@ def _denominators(counts: Tensor) -> Tensor:
     return items * totals[_ROWS] / rows.clamp(min=1)
 
 
-def _is_unpaired(batch: dict[str, Any]) -> Tensor:
-    is_unpaired = batch.get("is_unpaired")
-    return torch.zeros_like(batch["row_index"], dtype=torch.bool) if is_unpaired is None else is_unpaired
-
-
 def noise_schedule(args: DiffusionConfig) -> NoiseSchedule:
     """The schedule that a configuration names."""
     if args.noise_schedule_power is not None:
@@ -141,7 +137,7 @@ def _shorten_rows(batch: dict[str, Any], args: DiffusionConfig, epoch: int, firs
     if not args.random_length_probability:
         return
     attention_mask = batch["attention_mask"]
-    num_context = (attention_mask.bool() & ~batch["target_mask"]).sum(dim=1)
+    num_context = prompt_mask(batch).sum(dim=1)
     lengths = attention_mask.sum(dim=1)
     cut = random_lengths(args.noise_seed, epoch, batch["row_index"], lengths, args.random_length_probability)
     cut = torch.where(num_context <= first_target_position, cut, lengths)
@@ -158,8 +154,7 @@ def _choose_prompts(
     keep_token_ids: Collection[int],
 ) -> None:
     """Decide whose prompt is hidden (`prompt_hidden`) and whose becomes part of the targets."""
-    row_index, is_unpaired = batch["row_index"], _is_unpaired(batch)
-    hidden = is_unpaired
+    row_index, hidden = batch["row_index"], is_unpaired(batch)
     if args.prompt_dropout:
         draw = counter_uniform(args.noise_seed, NoiseStream.PROMPT_DROPOUT, epoch, row_index)
         hidden = hidden | (draw < args.prompt_dropout)

@@ -25,7 +25,7 @@ from dlm_tune.models import lm_head
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.distillation import GuidedTeacher
 from tests.models.score_in_two_processes import rows, target_mask
-from tests.tiny_models import MASK_ID, tiny_llada, tiny_tokenizer
+from tests.tiny_models import MASK_ID, SHORT_RUN, tiny_llada, tiny_tokenizer
 from tests.trainers.train_tiny import ADAPTER, ROWS
 
 
@@ -118,13 +118,7 @@ def train_under_zero(stage: int, kind: str, folder: str) -> list[float]:
         optim="sgd",
         max_steps=3,
         eos_policy="one",
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **SHORT_RUN,
     )
     trainer = DiffusionTrainer(
         tiny_llada(),

@@ -12,7 +12,7 @@ from dlm_tune.diffusion import NOISE_SCHEDULES, NoiseStream, corrupt, counter_un
 from dlm_tune.diffusion.timesteps import stratified
 from dlm_tune.models import load_model
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
-from tests.tiny_models import MASK_ID, save_tiny_checkpoint, tiny_dream, tiny_llada, tiny_tokenizer
+from tests.tiny_models import MASK_ID, SHORT_RUN, save_tiny_checkpoint, tiny_dream, tiny_llada, tiny_tokenizer
 
 PAIRS = [
     {"prompt": f"say {word}: ", "completion": word * repeat}
@@ -21,17 +21,10 @@ PAIRS = [
 
 
 def make_trainer(tmp_path, model=None, rows=PAIRS, eval_rows=None, callbacks=None, peft_config=None, **arguments):
-    settings = {
+    settings = SHORT_RUN | {
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "max_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
         "eos_policy": "one",
     }
     return DiffusionTrainer(

@@ -12,7 +12,7 @@ from dlm_tune.diffusion import mask_prompt
 from dlm_tune.models import load_model
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.step_noise import corrupt_step
-from tests.tiny_models import BOS_ID, EOS_ID, MASK_ID, tiny_dream, tiny_llada, tiny_tokenizer
+from tests.tiny_models import BOS_ID, EOS_ID, MASK_ID, SHORT_RUN, tiny_dream, tiny_llada, tiny_tokenizer
 
 PAIRS = [
     {"prompt": f"say {word}: ", "completion": word * (1 + i % 3)} for i, word in enumerate(["ab", "xyz", "q", "hello"])
@@ -28,17 +28,10 @@ TEXTS = [{"text": text} for text in ("one", "twotwo", "three", "4", "five five")
 
 
 def make_trainer(tmp_path, model=None, rows=PAIRS, texts=TEXTS, tokenizer=None, peft_config=None, **arguments):
-    settings = {
+    settings = SHORT_RUN | {
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "max_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
         "block_length": 4,
     }
     return DiffusionTrainer(

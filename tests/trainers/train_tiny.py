@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
-from tests.tiny_models import tiny_llada, tiny_tokenizer
+from tests.tiny_models import SHORT_RUN, tiny_llada, tiny_tokenizer
 
 ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(24)]
 PACKED_ROWS = [{"prompt": f"{i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(82)]  # 24 sequences of 32
@@ -59,13 +59,7 @@ def main() -> None:
         eos_policy="one",
         packing=packing,
         max_length=32,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **SHORT_RUN,
         **parts,
     )
     trainer = RecordingTrainer(
@@ -87,6 +81,7 @@ def main() -> None:
         "noise": trainer.noise,
     }
     (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()  # a process that leaves with its group open may abort
 
 
 if __name__ == "__main__":
