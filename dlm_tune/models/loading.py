@@ -83,7 +83,7 @@ def load_model(
         ignore_mismatched_sizes=True,  # so that they are reported below, by name and with both shapes
         output_loading_info=True,
     )
-    _check_report(report, directory, family)
+    check_loading_report(report, directory, family)
     # The name the user knows: adapters and model cards record it.
     model.name_or_path = model.config._name_or_path = str(path_or_repo)
     return model if adapter is None else _put_adapter(model, adapter)
@@ -94,6 +94,17 @@ def load_config(directory: Path) -> tuple[PreTrainedConfig, ModelFamily]:
 
     Raises:
         ValueError: for an unsupported `model_type` or structure, or a mask token that is missing or out of range.
+    """
+    config, family = read_config(directory)
+    config.mask_token_id = _resolve_mask_token_id(config, directory, family)
+    return config, family
+
+
+def read_config(directory: Path) -> tuple[PreTrainedConfig, ModelFamily]:
+    """Return the config of a checkpoint directory, made bidirectional, and its family; it may lack a mask token.
+
+    Raises:
+        ValueError: for an unsupported `model_type` or structure.
     """
     file = directory / "config.json"
     if not file.is_file():
@@ -121,7 +132,6 @@ def load_config(directory: Path) -> tuple[PreTrainedConfig, ModelFamily]:
     if not issubclass(_native_class(config), DiffusionMixin):
         config.is_causal = False
         config.logits_shift = bool(getattr(config, "logits_shift", family.logits_shift))
-    config.mask_token_id = _resolve_mask_token_id(config, directory, family)
     return config, family
 
 
@@ -189,7 +199,8 @@ def _quantization_config(
     raise ValueError(f"quantization={quantization!r} is unknown; use None, '4bit', '8bit' or a BitsAndBytesConfig")
 
 
-def _check_report(report: dict[str, Any], directory: Path, family: ModelFamily) -> None:
+def check_loading_report(report: dict[str, Any], directory: Path, family: ModelFamily) -> None:
+    """Raise ValueError where transformers' loading info tells of missing, unknown or misshapen weights."""
     faults = []
     for kind, wanted in (("missing_keys", "missing from the files"), ("unexpected_keys", "unknown to the model")):
         keys = sorted(map(str, report.get(kind) or ()))
