@@ -46,7 +46,7 @@ def load_tokenizer(
     if model_config is None:
         model_config = _config_of(directory)
     family = FAMILIES.get(getattr(model_config, "model_type", ""))
-    tokenizer = _read_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     _set_mask_token(tokenizer, model_config, family, directory)
     _set_end_and_padding(tokenizer, model_config, family, directory)
     _check_vocabulary(tokenizer, model_config, directory)
@@ -71,7 +71,7 @@ def tokenizer_mask_token_id(directory: Path, family: ModelFamily) -> int | None:
     """Return the mask token's id according to the tokenizer files in a checkpoint directory, None if they lack it."""
     if not has_tokenizer_files(directory):
         return None
-    tokenizer = _read_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     return tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
@@ -87,7 +87,12 @@ def _config_of(directory: Path) -> PreTrainedConfig | None:
     return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
-def _read_tokenizer(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint directory as its files say, without running remote code.
+
+    Raises:
+        ValueError: there is none, or only remote code could read it.
+    """
     if not has_tokenizer_files(directory):
         raise ValueError(
             f"{directory} has no tokenizer ({', '.join(_TOKENIZER_FILES)} are all missing); copy the tokenizer files "
