@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
-from trl import SFTTrainer
 from trl.data_utils import is_conversational
 
 from dlm_tune.data import (
@@ -34,13 +33,13 @@ from dlm_tune.models import (
     guidance_keep_token_ids,
     load_model,
     load_tokenizer,
-    write_adapter_facts,
 )
 from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.distillation import make_teacher
 from dlm_tune.trainers.model_inputs import is_unpaired, masked_token_inputs, prompt_mask
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
+from dlm_tune.trainers.saving import SavingTrainer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
 from dlm_tune.trainers.trl_limits import adapters_on_the_head
@@ -49,7 +48,7 @@ from dlm_tune.trainers.unpaired import mix_unpaired, set_guidance_keep_tokens
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(SFTTrainer):
+class DiffusionTrainer(SavingTrainer):
     """Trains a masked-diffusion language model on text, prompt-completion rows or conversations.
 
     Data preparation, adapters, checkpoints and parallelism are those of `trl.SFTTrainer`. New here: the noise of an
@@ -335,11 +334,6 @@ class DiffusionTrainer(SFTTrainer):
                 logs["num_tokens"] = self._num_tokens.item()
                 logs["tokens_per_second"] = self._timer.rate(logs["num_tokens"])
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            write_adapter_facts(output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model).config)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._num_tokens is not None:
