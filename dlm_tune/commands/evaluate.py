@@ -55,6 +55,7 @@ def run_eval(recipe: Recipe) -> None:
                 results["tasks"] = _evaluate_tasks(arguments, generation, model, tokenizer)
             _write(arguments.output_file, results)
         trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()  # a process that leaves with its group open may abort
 
 
 def generation_config(arguments: EvalArguments, recipe: Recipe) -> DiffusionGenerationConfig:
