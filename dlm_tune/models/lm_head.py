@@ -6,7 +6,8 @@ the forward pass where it can. Any other head (adapters on it, quantised, hooked
 called as a module on each chunk, and again in the backward pass.
 
 The mask token's logit is not suppressed: LLaDA trains with it, and it is never a target, so the model learns that its
-probability is zero. The sampler suppresses it.
+probability is zero. The sampler suppresses it. Only where the model's config says `excludes_mask_logit`, because its
+authors' head has no such column, `exclude_mask_logit` takes it out of every softmax.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from dlm_tune.models.fused_head import (
 
 # 2**25 float32 logits are 128 MiB: 265 rows of LLaDA's vocabulary.
 MAX_CHUNK_LOGITS = 2**25
+_EXCLUDED_LOGIT = -30000.0  # float16 holds it
 
 
 def score_targets(
@@ -104,6 +106,19 @@ def plain_linear(head: Callable[[Tensor], Tensor], hidden: Tensor) -> nn.Linear 
         if not is_cast and hidden.dtype != parameter.dtype:
             return None
     return head
+
+
+def exclude_mask_logit(model: Any) -> None:
+    """Make the mask token's probability zero, exactly and everywhere, by a constant bias of the model's linear head.
+
+    The bias is not saved. It is finite, because -inf times a zero probability would be NaN, and so large that its
+    exponential is 0 beside any other logit, in float64 too.
+    """
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    bias[model.config.mask_token_id] = _EXCLUDED_LOGIT
+    del head.bias
+    head.register_buffer("bias", bias, persistent=False)
 
 
 def project_positions(head: Callable[[Tensor], Tensor], hidden: Tensor, logit_softcap: float | None = None) -> Tensor:
