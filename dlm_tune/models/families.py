@@ -1,6 +1,7 @@
 """What is known of each checkpoint family beside what its files say."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 # Both templates mark the assistant's words and end-of-turn token as generated, so that TRL's `assistant_only_loss`
@@ -26,6 +27,16 @@ CHATML_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
+# The authors' names of layers, for those who write them into an adapter's configuration
+_LLADA_NATIVE_NAMES = {
+    "attn_out": "o_proj",
+    "ff_proj": "gate_proj",
+    "ff_out": "down_proj (of the layers) or lm_head (the last)",
+    "wte": "embed_tokens",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "ln_f": "model.norm",
+}
 _LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -41,6 +52,7 @@ class ModelFamily:
         logits_shift: whether position i is predicted from position i - 1, where config.json does not say.
         eos_token: the end of a text, where the tokenizer does not say.
         lora_target_modules: the linear layers LoRA adapts by default; never the LM head.
+        native_names: the authors' name of a layer -> its name here, where they differ.
     """
 
     model_type: str
@@ -50,12 +62,19 @@ class ModelFamily:
     logits_shift: bool = False
     eos_token: str = "<|endoftext|>"
     lora_target_modules: tuple[str, ...] = _LLAMA_LINEAR_LAYERS
+    native_names: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
-        ModelFamily("llada", "<|eot_id|>", LLADA_CHAT_TEMPLATE, mask_token="<|mdm_mask|>"),
+        ModelFamily(
+            "llada",
+            "<|eot_id|>",
+            LLADA_CHAT_TEMPLATE,
+            mask_token="<|mdm_mask|>",
+            native_names=_LLADA_NATIVE_NAMES,
+        ),
         ModelFamily("Dream", "<|im_end|>", CHATML_TEMPLATE, mask_token="<|mask|>", logits_shift=True),
         # Causal decoders whose attention follows config.is_causal, each proved bidirectional by a test.
         ModelFamily("llama", "<|eot_id|>", LLADA_CHAT_TEMPLATE, eos_token="<|end_of_text|>"),

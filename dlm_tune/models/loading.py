@@ -1,16 +1,15 @@
 """Loading a diffusion language model of any supported family, with quantisation and adapters."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dlm_tune.models.adapter_facts import apply_adapter_facts
+from dlm_tune.models.adapters import base_of_adapter, put_adapters
 from dlm_tune.models.checkpoint_files import (
     check_weight_files,
     checkpoint_directory,
@@ -18,7 +17,9 @@ from dlm_tune.models.checkpoint_files import (
     read_json,
 )
 from dlm_tune.models.families import FAMILIES, ModelFamily
+from dlm_tune.models.lm_head import exclude_mask_logit
 from dlm_tune.models.mixin import DiffusionMixin
+from dlm_tune.models.quantization import quantization_config, steady_quantized_layers
 from dlm_tune.models.tokenizer import embedding_rows, tokenizer_mask_token_id
 
 _UNSUPPORTED_TYPES = {
@@ -36,7 +37,8 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     quantization: str | BitsAndBytesConfig | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    is_trainable: bool = False,
     attn_implementation: str | None = None,
     revision: str | None = None,
     device_map: Any = None,
@@ -47,7 +49,9 @@ def load_model(
         path_or_repo: directory or Hub name of a model, or of an adapter (its base is loaded with it).
         dtype: of the weights; "auto" keeps the files' own; None is float32 on CPU and bfloat16 on an accelerator.
         quantization: None, "4bit" (NF4, double quantisation), "8bit", or a BitsAndBytesConfig.
-        adapter: directory or Hub name of a PEFT adapter to put on the model.
+        adapter: directory or Hub name of a PEFT adapter to put on the model; or several, name -> directory or Hub
+            name, of which the first is active until `model.set_adapter(name)`.
+        is_trainable: whether training can go on from the adapter; else it is frozen.
         attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
         revision: of the Hub repository `path_or_repo`.
         device_map: as in transformers.
@@ -66,8 +70,9 @@ def load_model(
                 f"{path_or_repo} is itself an adapter, so adapter={str(adapter)!r} cannot be put on it; merge the "
                 "first into its base model, or give the base model and one adapter"
             )
-        adapter, path_or_repo = directory, _base_of_adapter(directory)
-        directory = checkpoint_directory(path_or_repo)
+        adapter = directory
+        path_or_repo, revision = base_of_adapter(directory)
+        directory = checkpoint_directory(path_or_repo, revision)
     config, family = load_config(directory)
     check_weight_files(directory)
     dtype = _resolve_dtype(dtype)
@@ -76,7 +81,7 @@ def load_model(
         directory,
         config=config,
         dtype=dtype,
-        quantization_config=_quantization_config(quantization, dtype),
+        quantization_config=quantization_config(quantization, dtype),
         attn_implementation=attn_implementation,
         device_map=device_map,
         use_safetensors=True,
@@ -84,9 +89,13 @@ def load_model(
         output_loading_info=True,
     )
     check_loading_report(report, directory, family)
-    # The name the user knows: adapters and model cards record it.
+    if getattr(model.config, "excludes_mask_logit", False):
+        exclude_mask_logit(model)
+    steady_quantized_layers(model)
+    # The name and revision the user knows: adapters and model cards record them.
     model.name_or_path = model.config._name_or_path = str(path_or_repo)
-    return model if adapter is None else _put_adapter(model, adapter)
+    model.base_revision = revision
+    return model if adapter is None else put_adapters(model, adapter, is_trainable=is_trainable)
 
 
 def load_config(directory: Path) -> tuple[PreTrainedConfig, ModelFamily]:
@@ -182,23 +191,6 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     return resolved
 
 
-def _quantization_config(
-    quantization: str | BitsAndBytesConfig | None, dtype: torch.dtype | str
-) -> BitsAndBytesConfig | None:
-    if quantization is None or isinstance(quantization, BitsAndBytesConfig):
-        return quantization
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    raise ValueError(f"quantization={quantization!r} is unknown; use None, '4bit', '8bit' or a BitsAndBytesConfig")
-
-
 def check_loading_report(report: dict[str, Any], directory: Path, family: ModelFamily) -> None:
     """Raise ValueError where transformers' loading info tells of missing, unknown or misshapen weights."""
     faults = []
@@ -216,46 +208,3 @@ def check_loading_report(report: dict[str, Any], directory: Path, family: ModelF
             f"{' and '.join(faults)}. Loading them would leave parts of the model random; take config.json and "
             "weights from the same checkpoint"
         )
-
-
-def _base_of_adapter(directory: Path) -> str:
-    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{directory} is an adapter whose adapter_config.json names no base_model_name_or_path; call "
-            f"load_model(BASE, adapter={str(directory)!r})"
-        )
-    try:
-        checkpoint_directory(base)
-    except ValueError as error:
-        raise ValueError(
-            f"{directory} is an adapter of base_model_name_or_path={base!r}, which cannot be loaded: {error}. If the "
-            f"base model lies elsewhere, call load_model(BASE, adapter={str(directory)!r})"
-        ) from error
-    return str(base)
-
-
-def _put_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    directory = checkpoint_directory(adapter)
-    if not (directory / "adapter_config.json").is_file():
-        raise ValueError(f"adapter={str(adapter)!r} has no adapter_config.json; give the directory of a saved adapter")
-    check_weight_files(directory, "adapter_model")
-    try:
-        peft_model = PeftModel.from_pretrained(model, directory)
-        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-            difference = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(peft_model)))
-        if difference:
-            raise ValueError(f"{len(difference)} adapter weights have no counterpart ({', '.join(difference[:4])})")
-    except (RuntimeError, ValueError) as error:
-        trained_on = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(
-            f"the adapter {str(adapter)!r} (trained on {trained_on!r}) does not fit the model "
-            f"{model.name_or_path!r} ({type(model).__name__}): {_first_lines(error)}. Give the model it was trained on"
-        ) from error
-    apply_adapter_facts(directory, model.config)
-    return peft_model
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".")
