@@ -31,10 +31,9 @@ from dlm_tune.models import (
     embedding_rows,
     end_of_turn_ids,
     guidance_keep_token_ids,
-    load_model,
     load_tokenizer,
 )
-from dlm_tune.trainers.checks import check_arguments, check_model, check_row_index, is_prepared, read_first_row
+from dlm_tune.trainers.checks import check_arguments, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.distillation import make_teacher
 from dlm_tune.trainers.model_inputs import is_unpaired, masked_token_inputs, prompt_mask
@@ -42,7 +41,8 @@ from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.saving import SavingTrainer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
-from dlm_tune.trainers.trl_limits import adapters_on_the_head
+from dlm_tune.trainers.trained_model import check_trainable, prepare_model
+from dlm_tune.trainers.trl_limits import adapters_keep_their_type, adapters_on_the_head
 from dlm_tune.trainers.unpaired import mix_unpaired, set_guidance_keep_tokens
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DiffusionTrainer(SavingTrainer):
         train_dataset: rows in one of TRL's formats.
         eval_dataset: rows in one of TRL's formats, or a dict of such data sets.
         processing_class: the tokenizer; by default the one beside the model.
-        peft_config: trains an adapter.
+        peft_config: trains a new adapter; where `target_modules` is None, on all linear layers but the LM head.
         unpaired_dataset: text without prompts, mixed with the training rows as `args.unpaired_fraction` says; it keeps
             the unconditional branch of guidance true.
         callbacks: additional callbacks.
@@ -87,12 +87,8 @@ class DiffusionTrainer(SavingTrainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(args, train_dataset, eval_dataset, unpaired_dataset, kwargs)
-        if isinstance(model, str):
-            quantization = kwargs.pop("quantization_config", None)
-            model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
-            args.model_init_kwargs = None
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        check_model(base_model, args)
+        quantization = kwargs.pop("quantization_config", None)
+        model, base_model, peft_config = prepare_model(model, args, peft_config, quantization)
         if processing_class is None:
             processing_class = load_tokenizer(base_model.config._name_or_path, model_config=base_model.config)
         train_dataset = self._check_raw(train_dataset, args, "train")
@@ -106,7 +102,7 @@ class DiffusionTrainer(SavingTrainer):
         self.vocab_size: int = embedding_rows(base_model.config)
         self.guidance_keep_token_ids: list[int] = guidance_keep_token_ids(base_model.config)
         data_collator = kwargs.pop("data_collator", None)
-        with adapters_on_the_head():
+        with adapters_on_the_head(), adapters_keep_their_type(model):
             super().__init__(
                 model=model,
                 args=args,
@@ -235,6 +231,11 @@ class DiffusionTrainer(SavingTrainer):
         return loader
 
     # Training
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Makes the optimiser, of which a frozen model has no need."""
+        check_trainable(self.model)
+        return super().create_optimizer(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

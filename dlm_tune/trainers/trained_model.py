@@ -1,0 +1,59 @@
+"""The model that a trainer is given: loaded, checked, and with the layers of its new adapter named."""
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from dlm_tune.models import load_model
+from dlm_tune.models.adapters import complete_peft_config
+from dlm_tune.models.quantization import is_quantized, steady_quantized_layers
+from dlm_tune.trainers.checks import check_model
+from dlm_tune.trainers.diffusion_config import DiffusionConfig
+
+
+def prepare_model(
+    model: Any, args: DiffusionConfig, peft_config: PeftConfig | None, quantization: Any = None
+) -> tuple[Any, Any, PeftConfig | None]:
+    """Return the model to train, the model below its adapter, and the complete configuration of a new adapter.
+
+    Args:
+        model: a model of `load_model`, possibly with an adapter, or a path or Hub name.
+        args: the trainer's; of a path, `model_init_kwargs` are the arguments of `load_model`.
+        peft_config: of a new adapter.
+        quantization: of a path; see `load_model`.
+
+    Raises:
+        TypeError: the model is not one of `load_model`.
+        ValueError: names of layers that do not exist, or quantised weights that would be trained themselves.
+    """
+    if isinstance(model, str):
+        model = load_model(model, quantization=quantization, **(args.model_init_kwargs or {}))
+        args.model_init_kwargs = None
+    elif quantization is not None:
+        raise ValueError("quantization_config has no effect on a model that is loaded: give it to load_model")
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_model(base_model, args)
+    steady_quantized_layers(base_model)
+    if peft_config is not None:
+        if model is not base_model:
+            raise ValueError(
+                "the model has an adapter already, and peft_config asks for a new one. Go on with the one it has "
+                "(load_model(BASE, adapter=..., is_trainable=True) and no peft_config), or merge it first."
+            )
+        peft_config = complete_peft_config(peft_config, base_model)
+    elif model is base_model and is_quantized(model):
+        raise ValueError(
+            "the model is quantised and has no adapter: weights in 4 or 8 bits cannot be trained. Give peft_config "
+            "(LoraConfig(); in a recipe use_peft: true), or load the model without quantisation."
+        )
+    return model, base_model, peft_config
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError where no weight of a model is trained, as in an adapter that was loaded for inference."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no weight of the model is trained: its adapter was loaded for inference. To train on from it, load it "
+            "with load_model(BASE, adapter=..., is_trainable=True)."
+        )
