@@ -37,8 +37,8 @@ def run_eval(recipe: Recipe) -> None:
         model, tokenizer = load_checkpoint(
             model_arguments, adapter=arguments.adapter, device_map=None if config.use_cpu else {"": config.device}
         )
-        # what only training does: the teacher, a second model, unpaired rows and what is done to prompts
-        config.guidance_distillation_scale = config.unpaired_fraction = None
+        # what only training does: the teacher, a second model, annealing, unpaired rows and what is done to prompts
+        config.guidance_distillation_scale = config.unpaired_fraction = config.attention_annealing_steps = None
         config.prompt_dropout = config.prompt_noising = 0.0
         # Evaluation needs no training data; the trainer asks for some
         trainer = DiffusionTrainer(

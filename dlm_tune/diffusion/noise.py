@@ -33,6 +33,7 @@ class NoiseStream(IntEnum):
     RANDOM_LENGTH = 7
     PROMPT_DROPOUT = 8
     PROMPT_NOISING = 9
+    RIGHT_CONTEXT = 10
 
 
 def _as_int64(value: int) -> int:

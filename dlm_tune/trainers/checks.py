@@ -9,6 +9,7 @@ from trl.data_utils import is_conversational
 from dlm_tune.data import PackedRows
 from dlm_tune.data.rows import IGNORED_LABEL
 from dlm_tune.models import DiffusionMixin, check_packed_attention
+from dlm_tune.models.annealing import check_annealed_attention
 from dlm_tune.trainers.diffusion_config import DEFAULT_BLOCK_LENGTH, DiffusionConfig
 
 
@@ -50,6 +51,8 @@ def check_model(model: Any, args: DiffusionConfig) -> None:
         )
     if args.packing or args.eval_packing:
         check_packed_attention(model)
+    if args.attention_annealing_steps:
+        check_annealed_attention(model)
 
 
 def _check_unpaired(args: DiffusionConfig, unpaired_dataset: Any) -> None:

@@ -60,6 +60,9 @@ class DiffusionConfig(SFTConfig):
         guidance_distillation_scale: w. The loss is the divergence from what guidance of scale w would give with the
             model as it was when training began, instead of the true tokens' likelihood; sample then without guidance.
             `nelbo` is still logged. See `trainers.distillation`.
+        attention_annealing_steps: optimiser steps over which attention grows from causal to bidirectional, for
+            checkpoints trained to predict the next token (DiffuLLaMA); 0 or None: bidirectional from the start.
+            Evaluations always attend in both directions.
         loss_normalization: `tokens` (nats per target token over the whole step) or `sequences` (mean over rows of
             nats per target token, LLaDA SFT). Exact under accumulation and over processes.
         eos_policy: `one` EOS, `pad_to_block` or `pad_to_max` with learned EOS, or `none`. By default answers to
@@ -135,6 +138,10 @@ class DiffusionConfig(SFTConfig):
         metadata={
             "help": "Train towards the initial model under guidance of this scale, e.g. 1.0; unset, towards data."
         },
+    )
+    attention_annealing_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps from causal to full attention, for next-token checkpoints; by default full at once."},
     )
     loss_normalization: str = field(
         default="tokens",
@@ -242,6 +249,11 @@ class DiffusionConfig(SFTConfig):
         # UnpairedMixture takes it as a ratio of integers below 1e9
         if self.unpaired_fraction is not None and not 1e-9 <= self.unpaired_fraction <= 1 - 1e-9:
             faults.append(f"unpaired_fraction={self.unpaired_fraction} must lie between 0 and 1; the default is 0.5.")
+        if self.attention_annealing_steps is not None and self.attention_annealing_steps < 0:
+            faults.append(
+                f"attention_annealing_steps={self.attention_annealing_steps} must be a number of steps, such as 10000 "
+                "(DiffuLLaMA); 0 is attention in both directions from the start."
+            )
         if self.eval_noise_samples < 1:
             faults.append(f"eval_noise_samples={self.eval_noise_samples} must be at least 1; the default is 8.")
         return faults
@@ -285,6 +297,17 @@ class DiffusionConfig(SFTConfig):
             faults.append(
                 f"guidance_distillation_scale={self.guidance_distillation_scale} has no effect with "
                 "completion_only_loss=False: prompts are then targets, and nothing is left to guide by. Remove one."
+            )
+        if self.guidance_distillation_scale is not None and self.attention_annealing_steps:
+            faults.append(
+                f"attention_annealing_steps={self.attention_annealing_steps} does not go with "
+                f"guidance_distillation_scale={self.guidance_distillation_scale}: its teacher is the model before "
+                "training, which must be a diffusion model already. Remove one of them."
+            )
+        if self.attention_annealing_steps == 1:
+            faults.append(
+                "attention_annealing_steps=1 has no effect: attention is bidirectional from the first step on. Remove "
+                "it."
             )
         return faults + self._packing_faults()
 

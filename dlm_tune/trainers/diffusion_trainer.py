@@ -33,6 +33,7 @@ from dlm_tune.models import (
     guidance_keep_token_ids,
     load_tokenizer,
 )
+from dlm_tune.trainers.annealing import AnnealingWarning, annealing_figures
 from dlm_tune.trainers.checks import check_arguments, check_row_index, is_prepared, read_first_row
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.distillation import make_teacher
@@ -130,6 +131,7 @@ class DiffusionTrainer(SavingTrainer):
         self._num_tokens: Tensor | None = None
         self._timer = StepTimer()
         self.add_callback(self._timer)
+        self.add_callback(AnnealingWarning)
 
     @staticmethod
     def _make_collator(tokenizer: PreTrainedTokenizerBase, args: DiffusionConfig) -> DiffusionCollator:
@@ -326,7 +328,7 @@ class DiffusionTrainer(SavingTrainer):
         if "loss" in logs and self.model.training:
             sums = self.accelerator.reduce(self._training_sums, reduction="sum")
             self._training_sums = torch.zeros_like(self._training_sums)
-            logs.update(summarise(sums.sum(dim=0)))
+            logs |= summarise(sums.sum(dim=0)) | annealing_figures(self.args, self.state.global_step)
             if isinstance(self.train_dataset, UnpairedMixture):
                 for name, part in zip(("paired", "unpaired"), sums, strict=True):
                     metrics = summarise(part)

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm_tune.data import document_ids, to_sequences
 from dlm_tune.diffusion import NoisyBatch
+from dlm_tune.models.annealing import annealed_attention
+from dlm_tune.models.documents import document_position_ids
 
 
 def masked_token_inputs(
@@ -15,7 +17,7 @@ def masked_token_inputs(
     """Arguments of the model's forward, of packed rows too; scores come in the order of `noisy.masked_rows`.
 
     Args:
-        inputs: a batch of the collator, R rows.
+        inputs: a batch of the collator, R rows; a `right_context` of annealed attention is honoured.
         noisy: its noise.
         pad_token_id: fills packed sequences.
         token_weights: (R, L) weights in the loss; without them no loss is asked for.
@@ -27,6 +29,11 @@ def masked_token_inputs(
     }
     if token_weights is not None:
         arguments["target_weights"] = to_sequences(token_weights, inputs, 0.0)
+    if "right_context" in inputs:
+        documents = document_ids(inputs)
+        row_index = nn.functional.pad(inputs["row_index"], (1, 0))[documents]  # 0 for padding
+        mask = annealed_attention(documents, row_index, inputs["right_context"])
+        return {"attention_mask": mask, "position_ids": document_position_ids(documents), **arguments}
     if "packed_position" in inputs:
         return {"document_ids": document_ids(inputs), **arguments}
     return {"attention_mask": inputs["attention_mask"], **arguments}

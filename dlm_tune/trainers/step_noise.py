@@ -20,6 +20,7 @@ from dlm_tune.diffusion import (
     random_lengths,
     token_weights,
 )
+from dlm_tune.models.annealing import RightContext, right_context_share
 from dlm_tune.trainers.diffusion_config import DEFAULT_CART_P, DEFAULT_NOISE_EPSILON, DiffusionConfig
 from dlm_tune.trainers.model_inputs import is_unpaired, prompt_mask
 
@@ -42,7 +43,7 @@ def corrupt_step(
     """Add `noisy`, `loss_weights`, `row_items` and `prompt_hidden` to the microbatches of an optimiser step.
 
     That is a `NoisyBatch`; the weight of each token in the loss (R, L); the `num_items` of each row (R,), and whether
-    its prompt is masked (R,).
+    its prompt is masked (R,). While attention is annealed, also a `right_context`.
 
     Timesteps depend on (noise_seed, step, number of the row in the global batch), mask bits on (noise_seed, epoch, row
     index, position): the noise of a row is the same for any number of processes, any microbatch size and any packing
@@ -74,6 +75,7 @@ def corrupt_step(
     first_slots = (rows.flatten().cumsum(0) - rows.flatten()).view_as(rows)[:, rank].tolist()
     num_slots, num_items = int(rows.sum()), _denominators(counts)
     schedule = noise_schedule(args)
+    share = right_context_share(step, args.attention_annealing_steps or 0)
     for batch, first_slot in zip(batches, first_slots, strict=True):
         input_ids, target_mask, attention_mask = batch["input_ids"], batch["target_mask"], batch["attention_mask"]
         slots = first_slot + torch.arange(len(input_ids), device=input_ids.device)
@@ -98,6 +100,8 @@ def corrupt_step(
             args.loss_weighting,
             geometric_p=args.cart_geometric_p or DEFAULT_CART_P,
         )
+        if share < 1:
+            batch["right_context"] = RightContext(share, args.noise_seed, step)
         batch["row_items"] = num_items[is_unpaired(batch).long()]
         batch["loss_weights"] = loss_weights(weights, target_mask, args.loss_normalization, batch["row_items"]).float()
     return counts[:, :, _TOKENS].sum()

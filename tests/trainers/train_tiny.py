@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
+from tests.models.test_mixin import tiny_decoder
 from tests.tiny_models import SHORT_RUN, tiny_llada, tiny_tokenizer
 
 ROWS = [{"prompt": f"row {i}: ", "completion": "abcdefghij"[: 1 + i % 7]} for i in range(24)]
@@ -22,7 +24,7 @@ TEXTS = [{"text": "klmnopqrst"[: 1 + i % 9]} for i in range(5)]  # 8 of 32 rows 
 
 VARIANTS = {
     "padded": {},
-    "packed": {},
+    "packed": {"attention_annealing_steps": 4},  # and two steps without
     "unpaired": {"unpaired_fraction": 0.25, "prompt_dropout": 0.2, "prompt_noising": 0.2},
     "distilled": {"guidance_distillation_scale": 1.5, "prompt_dropout": 0.2},
     "distilled_adapter": {"guidance_distillation_scale": 1.5},
@@ -63,7 +65,7 @@ def main() -> None:
         **parts,
     )
     trainer = RecordingTrainer(
-        model=tiny_llada(),
+        model=tiny_decoder(Qwen3Config, Qwen3ForCausalLM, True) if packing else tiny_llada(),
         args=arguments,
         train_dataset=Dataset.from_list(PACKED_ROWS if packing else ROWS),
         unpaired_dataset=Dataset.from_list(TEXTS) if unpaired else None,
