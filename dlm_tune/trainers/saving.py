@@ -26,8 +26,8 @@ from dlm_tune.models import write_adapter_facts
 INCOMPLETE_FOLDER = "_dlm-tune-incomplete"
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How safetensors (Rust) and torch.save (C++) say it
-_FULL_DISK_WORDS = (*(f"os error {number}" for number in _FULL_DISK), "PytorchStreamWriter", "file write failed")
+# What safetensors (Rust) says, and what torch.save (C++) says of any failed write
+_FULL_DISK_WORDS = (*(f"os error {number}" for number in _FULL_DISK), "inline_container.cc")
 
 
 class SavingTrainer(SFTTrainer):
