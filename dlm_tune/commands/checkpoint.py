@@ -35,13 +35,22 @@ def find_base(model_name_or_path: str, adapter: str | None) -> tuple[str, str | 
     if not Path(base).exists() and (base.count("/") != 1 or base.startswith((".", "/", "~"))):
         raise ValueError(
             f"{model_name_or_path} is an adapter of {base}, which does not exist (from {Path.cwd()}). If its base "
-            f"checkpoint lies elsewhere now: --model_name_or_path BASE --adapter {model_name_or_path}."
+            f"checkpoint lies elsewhere now: --model_name_or_path BASE --adapter {model_name_or_path}; to train on "
+            f"from it, write the place into base_model_name_or_path of {config_file}."
         )
     return base, model_name_or_path
 
 
+def base_revision(model_name_or_path: str, model_revision: str | None) -> str | None:
+    """Revision of the base checkpoint: the one that is asked for, else the one an adapter's folder names."""
+    config_file = Path(model_name_or_path) / "adapter_config.json"
+    if model_revision not in (None, "main") or not config_file.is_file():  # "main" is TRL's default
+        return model_revision
+    return read_json(config_file).get("revision") or model_revision
+
+
 def load_checkpoint(
-    arguments: Any, *, adapter: str | None = None, device_map: Any = None
+    arguments: Any, *, adapter: str | None = None, device_map: Any = None, is_trainable: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer that a verb's arguments name.
 
@@ -50,6 +59,7 @@ def load_checkpoint(
             `load_in_8bit`.
         adapter: LoRA adapter.
         device_map: where the weights go; None leaves them on the CPU.
+        is_trainable: whether training goes on from the adapter.
 
     Raises:
         ValueError: no checkpoint is named, or it cannot be loaded; each message says what to do.
@@ -57,20 +67,20 @@ def load_checkpoint(
     if not arguments.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a folder or a Hub name, such as GSAI-ML/LLaDA-8B-Base.")
     base, adapter = find_base(arguments.model_name_or_path, adapter)
+    revision = base_revision(arguments.model_name_or_path, arguments.model_revision)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else arguments.dtype
     model = load_model(
         base,
         dtype=dtype,
         quantization=quantization(arguments, dtype),
         adapter=adapter,
+        is_trainable=is_trainable,
         attn_implementation=arguments.attn_implementation,
-        revision=arguments.model_revision,
+        revision=revision,
         device_map=device_map,
     )
     own = adapter if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(
-        own or base, revision=None if own else arguments.model_revision, model_config=model.config
-    )
+    tokenizer = load_tokenizer(own or base, revision=None if own else revision, model_config=model.config)
     return model, tokenizer
 
 

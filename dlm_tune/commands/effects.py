@@ -32,6 +32,7 @@ _LORA = (
 
 CONDITIONS = [
     Condition(_LORA, "use_peft", bool, "use_peft: true"),
+    Condition(("load_in_8bit",), "load_in_4bit", lambda value: not value, "load_in_4bit: false"),
     Condition(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
         "load_in_4bit",

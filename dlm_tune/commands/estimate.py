@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
+from dlm_tune.commands.adapter import adapter_config
 from dlm_tune.commands.console import say
 from dlm_tune.commands.estimate_figures import (
     DataFigures,
@@ -19,7 +20,6 @@ from dlm_tune.commands.estimate_figures import (
     step_figures,
 )
 from dlm_tune.commands.inspect_batch import base_config, data_only_trainer
-from dlm_tune.commands.train import adapter_config
 from dlm_tune.data import PackedRows
 from dlm_tune.models import embedding_rows
 from dlm_tune.models.memory import MemoryEstimate, StepSetup, estimate_step_memory
@@ -103,7 +103,7 @@ def step_setup(
         autocast_dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
         quantization="4bit" if model_arguments.load_in_4bit else "8bit" if model_arguments.load_in_8bit else None,
         double_quantization=model_arguments.use_bnb_nested_quant,
-        peft_config=adapter_config(model_arguments, model_config.model_type),
+        peft_config=adapter_config(model_arguments),
         gradient_checkpointing=config.gradient_checkpointing,
         accumulates=config.gradient_accumulation_steps > 1,
         optim=getattr(config.optim, "value", config.optim),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from dlm_tune.commands.checkpoint import find_base
+from dlm_tune.commands.checkpoint import base_revision, find_base
 from dlm_tune.commands.console import say
 from dlm_tune.commands.dry_run import leave_nothing_behind
 from dlm_tune.data import load_datasets, load_unpaired
@@ -93,7 +93,8 @@ def base_config(model_arguments: ModelConfig) -> tuple[Path, PreTrainedConfig]:
     if not model_arguments.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a folder or a Hub name, such as GSAI-ML/LLaDA-8B-Base.")
     path, _ = find_base(model_arguments.model_name_or_path, None)
-    directory = checkpoint_directory(path, model_arguments.model_revision, with_weights=False)
+    revision = base_revision(model_arguments.model_name_or_path, model_arguments.model_revision)
+    directory = checkpoint_directory(path, revision, with_weights=False)
     return directory, load_config(directory)[0]
 
 

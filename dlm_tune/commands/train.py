@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from dlm_tune import __version__
+from dlm_tune.commands.adapter import adapter_config, check_earlier_adapter, earlier_adapter
 from dlm_tune.commands.checkpoint import load_checkpoint
 from dlm_tune.commands.console import say
 from dlm_tune.commands.inspect_batch import base_config
 from dlm_tune.commands.launch import check_parallelism, check_processes
 from dlm_tune.data import find_format, load_datasets, load_unpaired
-from dlm_tune.models import FAMILIES, load_tokenizer
+from dlm_tune.models import load_tokenizer
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.checks import check_arguments, check_prompts
@@ -46,6 +47,10 @@ def run_training(verb: str, recipe: Recipe) -> None:
         )
     run_arguments, model_arguments, data_arguments, config = recipe.build()
     check_processes()
+    adapter = earlier_adapter(model_arguments)
+    if adapter is not None:
+        check_earlier_adapter(recipe, adapter)
+        model_arguments.use_peft = True
     checkpoint = prepare_output_dir(config, run_arguments.overwrite_output_dir, model_arguments.use_peft)
     trainer = build_trainer(verb, recipe, model_arguments, data_arguments, config)
     check_parallelism(trainer.accelerator.distributed_type.value)
@@ -95,12 +100,7 @@ def build_trainer(
     is_quantised = model_arguments.load_in_4bit or model_arguments.load_in_8bit
     # bitsandbytes places weights while loading: each process on its own device
     device_map = {"": config.device} if is_quantised and not config.use_cpu else None
-    model, tokenizer = load_checkpoint(model_arguments, device_map=device_map)
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"model_name_or_path={model_arguments.model_name_or_path} is an adapter: training starts from a full "
-            "checkpoint. To go on with a run of its own, use --resume_from_checkpoint."
-        )
+    model, tokenizer = load_checkpoint(model_arguments, device_map=device_map, is_trainable=True)
     return DiffusionTrainer(
         model=model,
         args=config,
@@ -108,7 +108,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         unpaired_dataset=unpaired_dataset,
         processing_class=tokenizer,
-        peft_config=adapter_config(model_arguments, model.config.model_type),
+        peft_config=None if isinstance(model, PeftModel) else adapter_config(model_arguments),
     )
 
 
@@ -132,14 +132,6 @@ def check_guidance_data(
         directory, checkpoint_config = base_config(model_arguments)
         tokenizer = load_tokenizer(directory, model_config=checkpoint_config)
         set_guidance_keep_tokens(checkpoint_config, config, tokenizer)
-
-
-def adapter_config(model_arguments: ModelConfig, model_type: str) -> LoraConfig | None:
-    """TRL's LoRA configuration; without `lora_target_modules`, on all linear layers of the family but the LM head."""
-    config = get_peft_config(model_arguments)
-    if config is not None and config.target_modules is None and config.target_parameters is None:
-        config.target_modules = set(FAMILIES[model_type].lora_target_modules)
-    return config
 
 
 def check_data(verb: str, column_names: list[str], config: DiffusionConfig) -> None:

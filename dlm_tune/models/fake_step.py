@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dlm_tune.models import lm_head
+from dlm_tune.models.adapters import complete_peft_config
 from dlm_tune.models.fused_head import LinearHead, score_rows
 
 _HEAD, _CAST, _GRADIENT = "lm_head", "cast_weights", "gradients"
@@ -67,11 +68,7 @@ def meta_model(config: PreTrainedConfig, setup: StepSetup) -> Any:
             config, dtype=setup.dtype, attn_implementation="eager" if attention == "eager" else "sdpa"
         )
         if setup.peft_config is not None:
-            model = get_peft_model(model, setup.peft_config)
-    if setup.peft_config is not None and setup.quantization:  # TRL trains adapters of quantised models in bfloat16
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+            model = get_peft_model(model, complete_peft_config(setup.peft_config, model))
     if setup.gradient_checkpointing:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

@@ -94,7 +94,7 @@ def load_model(
     steady_quantized_layers(model)
     # The name and revision the user knows: adapters and model cards record them.
     model.name_or_path = model.config._name_or_path = str(path_or_repo)
-    model.base_revision = revision
+    model.base_revision = None if revision == "main" else revision
     return model if adapter is None else put_adapters(model, adapter, is_trainable=is_trainable)
 
 
