@@ -22,6 +22,7 @@ _PUBLIC_NAMES = {
     "ClassifierGuidance": "dlm_tune.diffusion",
     "estimate_nelbo": "dlm_tune.evaluation",
     "log_likelihood": "dlm_tune.evaluation",
+    "push_to_hub": "dlm_tune.hub",
 }
 
 __all__ = ["__version__", *_PUBLIC_NAMES]

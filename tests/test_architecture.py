@@ -22,7 +22,8 @@ FLOORS = {
     "models": {"diffusion"},
     "data": {"diffusion"},
     "generation": {"diffusion"},
-    "trainers": {"diffusion", "models", "data", "generation"},
+    "hub": {"diffusion", "models"},
+    "trainers": {"diffusion", "models", "data", "generation", "hub"},
     "evaluation": {"diffusion", "models", "data", "generation"},
 }
 # `model.generate(...)` is the sampler as a method; it imports it when called.

@@ -20,6 +20,9 @@ VERBS = {
     "chat": Verb("talk to a model and watch it denoise", "--model_name_or_path GSAI-ML/LLaDA-8B-Instruct"),
     "eval": Verb("held-out likelihood, exact match, benchmark tasks", "--config RECIPE --adapter OUTPUT_DIR"),
     "inspect": Verb("show a batch as the loss sees it", "--config llada-8b/sft/lora"),
+    "push": Verb(
+        "share a checkpoint or adapter on the Hub", "--model_name_or_path OUTPUT_DIR --hub_model_id USER/NAME"
+    ),
     "report": Verb("curves of a run, or of several, as a page and a picture", "outputs/my-run"),
     "env": Verb("versions, devices, and what is missing", ""),
 }
@@ -151,10 +154,44 @@ class InspectArguments:
             raise ValueError(f"rows={self.rows} must be at least 1; the default is 4.")
 
 
+@dataclass
+class PushArguments:
+    """Keys of `push`."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder of the checkpoint or adapter: a run's output_dir, or a merged model."}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository: USER/NAME, or NAME for yourself."})
+    private: bool = field(default=True, metadata={"help": "false: the new repository is for everyone to see."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made where there is none."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub name of what was trained, where the folder only knows a local path."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the card, e.g. apache-2.0; by default that of the base's card."}
+    )
+    commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
+    overwrite: bool = field(default=False, metadata={"help": "Push into a repository that has files already."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show files, sizes and the card's head; nothing is contacted."}
+    )
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.model_name_or_path:
+            faults.append("model_name_or_path is missing: the folder to push, such as the output_dir of a run.")
+        if not self.hub_model_id:
+            faults.append("hub_model_id is missing: the name on the Hub, USER/NAME.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+
 def verb_classes(verb: str) -> tuple[type, ...]:
     """Dataclasses whose fields are the keys of a verb. Imports trl, and with it torch, for the training verbs."""
     if verb in ("report", "env"):
         return ()
+    if verb == "push":
+        return (PushArguments,)
     if verb in ("generate", "chat"):
         from dlm_tune.generation import DiffusionGenerationConfig
 

@@ -57,6 +57,11 @@ def resolve_paths(recipe: Recipe) -> None:
 
 def run(verb: str, recipe: Recipe) -> None:
     """Run a verb with its recipe."""
+    if verb == "push":  # no device is needed
+        from dlm_tune.commands.push import run_push
+
+        run_push(recipe)
+        return
     choose_device(recipe)
     if verb in ("pretrain", "sft"):
         from dlm_tune.commands.train import run_training
