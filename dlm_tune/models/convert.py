@@ -231,10 +231,10 @@ def _check_unused(tokenizer: Any, text: str, token_id: int) -> None:
     roles = [role for role in _ROLES if getattr(tokenizer, role, None) == text]
     if token_id in end_of_turn_ids(tokenizer):
         roles.append("end of a chat turn")
-    if text in str(tokenizer.chat_template or ""):
-        roles.append("part of the chat template")
     if text not in tokenizer.get_added_vocab():
         roles.append("ordinary token, which texts contain")
+    elif text in str(tokenizer.chat_template or ""):
+        roles.append("part of the chat template")
     if roles:
         raise ValueError(
             f"mask_token={text!r} is in use ({', '.join(roles)}), and a text that holds it would look masked; give a "
