@@ -17,6 +17,8 @@ _PUBLIC_NAMES = {
     "DreamModel": "dlm_tune.models",
     "load_model": "dlm_tune.models",
     "load_tokenizer": "dlm_tune.models",
+    "convert_checkpoint": "dlm_tune.models",
+    "convert_smdm": "dlm_tune.models",
     "generate": "dlm_tune.generation",
     "DiffusionGenerationConfig": "dlm_tune.generation",
     "ClassifierGuidance": "dlm_tune.diffusion",

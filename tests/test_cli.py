@@ -112,7 +112,7 @@ def test_help_shows_choices_and_defaults():
 def test_tables_name_only_keys_that_exist():
     from dlm_tune.commands.arguments import verb_classes
 
-    keys = set().union(*(keys_of(verb_classes(verb)) for verb in ("eval", "generate", "inspect")))
+    keys = set().union(*(keys_of(verb_classes(verb)) for verb in ("convert", "eval", "generate", "inspect")))
     named = {name for condition in CONDITIONS for name in (*condition.keys, condition.controller)}
     assert named | set(DECIDED) | set().union(*_READ_BY.values()) <= keys
 

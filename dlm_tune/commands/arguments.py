@@ -23,6 +23,9 @@ VERBS = {
     "push": Verb(
         "share a checkpoint or adapter on the Hub", "--model_name_or_path OUTPUT_DIR --hub_model_id USER/NAME"
     ),
+    "convert": Verb(
+        "make a diffusion checkpoint of a causal one", "--model_name_or_path Qwen/Qwen3-0.6B-Base --output_dir OUT"
+    ),
     "report": Verb("curves of a run, or of several, as a page and a picture", "outputs/my-run"),
     "env": Verb("versions, devices, and what is missing", ""),
 }
@@ -186,12 +189,73 @@ class PushArguments:
             raise ValueError("\n".join(faults))
 
 
+@dataclass
+class ConvertArguments:
+    """Keys of `convert`."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Causal checkpoint: a folder or a Hub name; an SMDM model's weights file."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the diffusion checkpoint."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a checkpoint that is in output_dir."})
+    mask_token: str | None = field(
+        default=None,
+        metadata={"help": "Text of the mask token, new or reserved; null is the tokenizer's own, else <|mask|>."},
+    )
+    mask_embedding: str = field(
+        default="mean",
+        metadata={"help": "Its first embedding: mean of all rows, or the token whose row is copied."},
+    )
+    logits_shift: bool = field(
+        default=True,
+        metadata={"help": "Position i is predicted from i - 1, as the source does it; false: in place, as LLaDA."},
+    )
+    source: str = field(
+        default="hf",
+        metadata={
+            "help": "hf: a causal decoder in transformers' layout; smdm: a masked-diffusion model of ML-GSAI/SMDM.",
+            "choices": ["hf", "smdm"],
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "With source: smdm, the tokenizer, which is not beside the weights."}
+    )
+    architecture: str | None = field(
+        default=None,
+        metadata={"help": "With source: smdm, e.g. Diff_LLaMA_1028M; null is the one of the weights' sizes."},
+    )
+    num_heads: int | None = field(
+        default=None, metadata={"help": "With source: smdm, for sizes that are none of the published ones."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the written weights; null is the source's.", "choices": DTYPES[1:]}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weights file."})
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.model_name_or_path:
+            faults.append("model_name_or_path is missing: the checkpoint to convert, such as Qwen/Qwen3-0.6B-Base.")
+        if not self.output_dir:
+            faults.append("output_dir is missing: the folder for the diffusion checkpoint.")
+        if self.source == "smdm" and not self.tokenizer_name_or_path:
+            faults.append(
+                "tokenizer_name_or_path is missing: SMDM's models come without one; the authors use "
+                "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T."
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+
+
 def verb_classes(verb: str) -> tuple[type, ...]:
     """Dataclasses whose fields are the keys of a verb. Imports trl, and with it torch, for the training verbs."""
     if verb in ("report", "env"):
         return ()
     if verb == "push":
         return (PushArguments,)
+    if verb == "convert":
+        return (ConvertArguments,)
     if verb in ("generate", "chat"):
         from dlm_tune.generation import DiffusionGenerationConfig
 

@@ -69,6 +69,18 @@ CONDITIONS = [
         "unpaired_dataset: FILE",
     ),
     Condition(("rows", "token_weights", "color"), "estimate", lambda value: not value, "estimate: false"),
+    Condition(
+        ("tokenizer_name_or_path", "architecture", "num_heads"),
+        "source",
+        lambda source: source == "smdm",
+        "source: smdm",
+    ),
+    Condition(
+        ("mask_token", "mask_embedding", "logits_shift", "model_revision"),
+        "source",
+        lambda source: source == "hf",
+        "source: hf",
+    ),
     Condition(("generation",), "generate", bool, "generate: true"),
     Condition(("num_prompts",), "generate", bool, "generate: true"),
     Condition(

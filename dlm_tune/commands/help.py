@@ -124,6 +124,12 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "What and where to": ("model_name_or_path", "hub_model_id", "revision", "private", "overwrite", "dry_run"),
         "The card": ("base_model", "license", "commit_message"),
     },
+    "convert": {
+        "What and where to": ("model_name_or_path", "model_revision", "output_dir", "overwrite"),
+        "Mask token": ("mask_token", "mask_embedding"),
+        "Model": ("logits_shift", "dtype", "max_shard_size"),
+        "Checkpoints of SMDM": ("source", "tokenizer_name_or_path", "architecture", "num_heads"),
+    },
     "report": {},
     "env": {},
 }

@@ -12,6 +12,7 @@ from dlm_tune.shipped import resolve_path
 _PATH_KEYS = (
     "model_name_or_path",
     "adapter",
+    "tokenizer_name_or_path",
     "dataset_name",
     "eval_dataset_name",
     "prompts_file",
@@ -61,6 +62,11 @@ def run(verb: str, recipe: Recipe) -> None:
         from dlm_tune.commands.push import run_push
 
         run_push(recipe)
+        return
+    if verb == "convert":
+        from dlm_tune.commands.convert import run_convert
+
+        run_convert(recipe)
         return
     choose_device(recipe)
     if verb in ("pretrain", "sft"):

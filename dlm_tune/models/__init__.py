@@ -7,12 +7,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from dlm_tune.diffusion import guidance_keep_token_ids
 from dlm_tune.models.adapter_facts import write_adapter_facts
+from dlm_tune.models.convert import convert_checkpoint
 from dlm_tune.models.documents import check_packed_attention
 from dlm_tune.models.dream import DreamConfig, DreamModel
 from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
 from dlm_tune.models.loading import load_model
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores
+from dlm_tune.models.smdm import convert_smdm
 from dlm_tune.models.tokenizer import embedding_rows, load_tokenizer
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "MaskedTokenScores",
     "ModelFamily",
     "check_packed_attention",
+    "convert_checkpoint",
+    "convert_smdm",
     "embedding_rows",
     "end_of_turn_ids",
     "guidance_keep_token_ids",
