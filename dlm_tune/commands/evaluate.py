@@ -1,5 +1,6 @@
 """`dlm-tune eval`: held-out likelihood, accuracy of completions, benchmark tasks."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -44,7 +45,8 @@ def run_eval(recipe: Recipe) -> None:
         trainer = DiffusionTrainer(
             model=model, args=config, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
         )
-        results: dict[str, Any] = {"likelihood": trainer.evaluate()}
+        noise = {"noise_seed": config.noise_seed, "eval_noise_samples": config.eval_noise_samples}
+        results: dict[str, Any] = {"likelihood": trainer.evaluate() | noise}
         if trainer.is_world_process_zero():
             _print_likelihood(results["likelihood"])
             if arguments.generate:
@@ -127,6 +129,7 @@ def _evaluate_completions(
         "num_rows": report.num_rows,
         "num_forward_passes": report.num_forward_passes,
         "num_row_passes": report.num_row_passes,
+        "generation": dataclasses.asdict(generation),
         "samples": [
             {"prompt": prompt, "expected": expected, "generated": text} for prompt, expected, text in report.samples
         ],

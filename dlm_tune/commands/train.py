@@ -20,6 +20,7 @@ from dlm_tune.commands.console import say
 from dlm_tune.commands.inspect_batch import base_config
 from dlm_tune.commands.launch import check_parallelism, check_processes
 from dlm_tune.data import find_format, load_datasets, load_unpaired
+from dlm_tune.hub.card import hub_datasets
 from dlm_tune.models import load_tokenizer
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
@@ -59,11 +60,13 @@ def run_training(verb: str, recipe: Recipe) -> None:
         say("Evaluating before training")
         before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with the results
     trainer.save_state()
     after = trainer.evaluate() if trainer.eval_dataset is not None else None
     if trainer.is_world_process_zero():
         _write_results(trainer, verb, recipe, before, after)
+        if config.push_to_hub:
+            trainer.push_saved()
         _print_summary(trainer, before, after, model_arguments)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -233,10 +236,12 @@ def _write_results(
         "after": after,
         "num_processes": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
+        "hub_datasets": hub_datasets(recipe),
         "torch": torch.__version__,
         "dlm_tune": __version__,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    trainer.create_model_card()  # once more, with these figures
 
 
 def _print_summary(

@@ -90,11 +90,8 @@ def license_of(readme: str | Path) -> str | None:
     return str(found) if found else None
 
 
-def hub_datasets(facts: CheckpointFacts) -> list[str]:
-    """Hub names of the data sets of the training; files of one's own are not named."""
-    if "hub_datasets" in facts.results:
-        return facts.results["hub_datasets"]
-    recipe = facts.recipe
+def hub_datasets(recipe: Any) -> list[str]:
+    """Hub names of a recipe's training data; files of one's own are not named."""
     entries = [entry.get("path") for entry in recipe.get("datasets") or [] if isinstance(entry, dict)]
     names = [recipe.get("dataset_name"), *entries, recipe.get("unpaired_dataset")]
     return list(dict.fromkeys(str(name) for name in names if is_hub_name(name)))
@@ -115,7 +112,7 @@ def _metadata(facts: CheckpointFacts, license: str | None) -> ModelCardData:
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation=None if base is None else "adapter" if facts.is_adapter else relation,
-        datasets=hub_datasets(facts) or None,
+        datasets=facts.results.get("hub_datasets", hub_datasets(facts.recipe)) or None,
         tags=tags,
     )
 

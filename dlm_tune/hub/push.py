@@ -92,18 +92,10 @@ def push_to_hub(
     contents = gather(repo_id, license=license)
     if dry_run:
         return _report(contents, repo_id, None)
-    if not token:
-        raise ValueError(
-            "there is no token of the Hugging Face Hub: make one with the right to write at "
-            "https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"
-        )
-    api = HfApi(token=token)
-    say = _Explained(repo_id, token)
-    if "/" not in repo_id:
-        repo_id = f"{say(api.whoami)['name']}/{repo_id}"
+    api, say = _connect(repo_id, token)
+    if (full_name := _full_name(api, say, repo_id)) != repo_id:
+        repo_id = full_name
         contents = gather(repo_id, license=license)
-    else:
-        say(api.whoami)
     files = _check_repository(api, say, repo_id, revision, private=private, overwrite=overwrite)
     if license is None and (license := _base_license(api, say, contents)):
         contents = gather(repo_id, license=license)
@@ -119,21 +111,35 @@ def push_to_hub(
     return _report(contents, repo_id, str(commit.commit_url))
 
 
-def check_login(repo_id: str, token: str | None) -> None:
-    """Raise ValueError or OSError unless there is a token that the Hub takes."""
+def claim_repository(repo_id: str, *, token: str | None, revision: str | None, private: bool, overwrite: bool) -> str:
+    """Make the repository that a run will push to, and return its full name.
+
+    Raises:
+        ValueError: no token, or a repository that holds files already and is not to be overwritten.
+        OSError: the Hub cannot be reached.
+    """
+    _check_name(repo_id)
+    api, say = _connect(repo_id, token)
+    repo_id = _full_name(api, say, repo_id)
+    _check_repository(api, say, repo_id, revision, private=private, overwrite=overwrite)
+    say(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    return repo_id
+
+
+def _connect(repo_id: str, token: str | None) -> tuple[HfApi, "_Explained"]:
     token = token or get_token()
     if not token:
-        raise ValueError(f"pushing to {repo_id} needs a token of the Hub: run `hf auth login` or set HF_TOKEN")
-    _Explained(repo_id, token)(HfApi(token=token).whoami)
+        raise ValueError(
+            f"pushing to {repo_id} needs a token of the Hugging Face Hub: make one with the right to write at "
+            "https://huggingface.co/settings/tokens, then run `hf auth login` or set HF_TOKEN"
+        )
+    return HfApi(token=token), _Explained(repo_id, token)
 
 
-def check_repository(
-    repo_id: str, token: str | None, revision: str | None, *, private: bool = True, overwrite: bool = False
-) -> list[str]:
-    """The files of the repository, none where it does not exist; see `push_to_hub` for what is refused."""
-    api = HfApi(token=token or get_token())
-    say = _Explained(repo_id, token or get_token() or "")
-    return _check_repository(api, say, repo_id, revision, private=private, overwrite=overwrite)
+def _full_name(api: HfApi, say: "_Explained", repo_id: str) -> str:
+    """The name with its owner, by default the token's; a token that the Hub does not take is found here."""
+    user = say(api.whoami)["name"]
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def _check_name(repo_id: str) -> None:

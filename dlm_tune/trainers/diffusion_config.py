@@ -211,6 +211,11 @@ class DiffusionConfig(SFTConfig):
             faults.append(
                 "logging_nan_inf_filter=True cannot be honoured: a loss that is not finite stops the run. Remove it."
             )
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            faults.append(
+                f"hub_strategy={str(self.hub_strategy)!r} cannot be honoured: states of optimisers are pickle files "
+                "and are not pushed. Use every_save or end."
+            )
         return faults
 
     def _invalid_choices(self) -> list[str]:

@@ -39,7 +39,7 @@ from dlm_tune.trainers.diffusion_config import DiffusionConfig
 from dlm_tune.trainers.distillation import make_teacher
 from dlm_tune.trainers.model_inputs import is_unpaired, masked_token_inputs, prompt_mask
 from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
-from dlm_tune.trainers.saving import SavingTrainer
+from dlm_tune.trainers.sharing import SharingTrainer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
 from dlm_tune.trainers.trained_model import check_trainable, prepare_model
@@ -49,7 +49,7 @@ from dlm_tune.trainers.unpaired import mix_unpaired, set_guidance_keep_tokens
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(SavingTrainer):
+class DiffusionTrainer(SharingTrainer):
     """Trains a masked-diffusion language model on text, prompt-completion rows or conversations.
 
     Data preparation, adapters, checkpoints and parallelism are those of `trl.SFTTrainer`. New here: the noise of an
