@@ -55,7 +55,7 @@ def _checked_names(field: str, value: str | Iterable[str], model: PreTrainedMode
         value = [value]  # TRL makes a plain string of a list of one name, which PEFT reads as a pattern
     # as PEFT matches: whole names of layers for targets, ends of names for what is saved whole
     separator = "." if field == "target_modules" else ""
-    unknown = [name for name in value if not any(f".{layer}".endswith(separator + name) for layer in modules)]
+    unknown = sorted(name for name in value if not any(f".{m}".endswith(separator + name) for m in modules))
     if not unknown:
         return set(value) if field == "target_modules" else list(value)
     native = FAMILIES[model.config.model_type].native_names
