@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from dlm_tune.commands.checkpoint import base_revision, find_base
 from dlm_tune.commands.console import say
 from dlm_tune.commands.dry_run import leave_nothing_behind
 from dlm_tune.data import load_datasets, load_unpaired
-from dlm_tune.models import LLaDAConfig, LLaDAModelLM, guidance_keep_token_ids, load_tokenizer
+from dlm_tune.models import DreamConfig, LLaDAConfig, guidance_keep_token_ids, load_tokenizer
 from dlm_tune.models.checkpoint_files import checkpoint_directory
-from dlm_tune.models.loading import load_config
+from dlm_tune.models.loading import load_config, model_class
 from dlm_tune.recipe import Recipe
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.statistics import BUCKET_NAMES, NUM_BUCKETS
@@ -98,8 +98,10 @@ def base_config(model_arguments: ModelConfig) -> tuple[Path, PreTrainedConfig]:
     return directory, load_config(directory)[0]
 
 
-def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
-    config = LLaDAConfig(
+def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A tiny model of the same kind: trained as a diffusion model from the start, or a causal decoder."""
+    config_class = LLaDAConfig if isinstance(checkpoint_config, LLaDAConfig | DreamConfig) else LlamaConfig
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=8,
         intermediate_size=8,
@@ -109,8 +111,9 @@ def _stand_in(checkpoint_config: PreTrainedConfig, tokenizer: PreTrainedTokenize
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        is_causal=False,
     )
-    model = LLaDAModelLM(config)
+    model = model_class(config)(config)
     model.config.logits_shift = getattr(checkpoint_config, "logits_shift", False)
     model.config.guidance_keep_token_ids = guidance_keep_token_ids(checkpoint_config)
     return model

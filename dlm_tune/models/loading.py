@@ -76,8 +76,7 @@ def load_model(
     config, family = load_config(directory)
     check_weight_files(directory)
     dtype = _resolve_dtype(dtype)
-    model_class = _model_class(config)
-    model, report = model_class.from_pretrained(
+    model, report = model_class(config).from_pretrained(
         directory,
         config=config,
         dtype=dtype,
@@ -167,7 +166,8 @@ def _native_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the class that loads a checkpoint with this config: a `*ForCausalLM` with DiffusionMixin."""
     native = _native_class(config)
     return native if issubclass(native, DiffusionMixin) else _bidirectional(native)  # type: ignore[arg-type]
 
