@@ -8,11 +8,15 @@ import pytest
 
 from dlm_tune.cli import main
 from dlm_tune.commands.run import read_arguments
+from dlm_tune.models.loading import load_config
 from dlm_tune.shipped import shipped_root
+from tests.models.test_convert import save_causal
 from tests.tiny_models import save_tiny_checkpoint
 
 ROOT = shipped_root() / "recipes"
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.y*ml"))
+ALL_RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.y*ml"))
+CONVERSIONS = [name for name in ALL_RECIPES if name.split("/")[1] == "convert"]
+RECIPES = [name for name in ALL_RECIPES if name not in CONVERSIONS]
 REQUIRED = {
     "dream-7b/sft/full.yaml",
     "dream-7b/sft/guidance.yaml",
@@ -23,6 +27,7 @@ REQUIRED = {
     "llada-8b/sft/lora.yaml",
     "quickstart/pretrain/base.yaml",
     "quickstart/sft/lora.yaml",
+    "qwen3-0.6b/pretrain/converted.yaml",
 }
 _ran: list[str] = []
 
@@ -50,8 +55,10 @@ def write_rows(folder: Path, kind: str) -> Path:
 def tiny_flags(name: str, tmp_path: Path) -> list[str]:
     """Flags that put a tiny model and tiny data of the right format in place of the recipe's, and stop soon."""
     recipe = read_arguments(verb_of(name), ["--config", name])
-    family = "Dream" if name.startswith("dream") else "llada"
-    model = save_tiny_checkpoint(tmp_path / "model", family)
+    if name.startswith("qwen3"):
+        model = run_conversion("qwen3-0.6b/convert/base.yaml", tmp_path)
+    else:
+        model = save_tiny_checkpoint(tmp_path / "model", "Dream" if name.startswith("dream") else "llada")
     kind = "text" if verb_of(name) == "pretrain" else "messages" if "-7b/" in name or "-8b/" in name else "pairs"
     data = write_rows(tmp_path / "data", kind)
     flags = ["--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
@@ -70,6 +77,23 @@ def tiny_flags(name: str, tmp_path: Path) -> list[str]:
     if "test_split_size" in recipe:
         flags += ["--test_split_size", "4"]
     return flags
+
+
+def run_conversion(name: str, tmp_path: Path) -> Path:
+    """Run a conversion recipe on a tiny checkpoint of its class."""
+    source = save_causal(tmp_path / "ar", name.split("-")[0])
+    flags = ["--model_name_or_path", str(source), "--output_dir", str(tmp_path / "converted")]
+    assert main(["convert", "--config", name, "--debug", *flags]) == 0
+    return tmp_path / "converted"
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversion_writes_a_checkpoint(name, tmp_path):
+    (arguments,) = read_arguments("convert", ["--config", name]).build()
+    assert arguments.output_dir == f"outputs/{name.removesuffix('.yaml')}"
+    config, _ = load_config(run_conversion(name, tmp_path))
+    assert config.mask_token_id is not None
+    assert config.logits_shift is arguments.logits_shift
 
 
 @pytest.mark.parametrize("name", RECIPES)
