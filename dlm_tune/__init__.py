@@ -6,6 +6,8 @@ The public names below are imported on first use, so that `import dlm_tune` cost
 from importlib import import_module
 from typing import Any
 
+from dlm_tune.auto_classes import register_on_use
+
 __version__ = "0.1.0"
 
 _PUBLIC_NAMES = {
@@ -38,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_on_use()

@@ -80,6 +80,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
+        self.tokens: set[str] = set()  # those that are accepted; all of them while empty
+        self.uploads_before_cut: int | None = None  # then the connection is cut in the middle of large files
         self._contents: dict[str, bytes] = {}
         self._large: set[str] = set()
         self._lock = threading.Lock()
@@ -105,6 +107,7 @@ class HubServer:
                 (rf"/api/{kinds}/{repository}/preupload/(?P<revision>[^/]+)", self._preupload),
                 (rf"/api/{kinds}/{repository}/commit/(?P<revision>[^/]+)", self._commit),
                 (rf"/api/{kinds}/{repository}/branch/(?P<revision>[^/]+)", self._branch),
+                (rf"/api/{kinds}/{repository}/tag/(?P<revision>[^/]+)", self._tag),
                 (rf"/api/{kinds}/{repository}/refs", self._references),
                 (rf"/api/{kinds}/{repository}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?", self._tree),
                 (rf"/api/{kinds}/{repository}/paths-info/(?P<revision>[^/]+)", self._paths_info),
@@ -135,9 +138,21 @@ class HubServer:
             "no_proxy": "127.0.0.1",
         }
 
+    def cuts(self, method: str, path: str) -> bool:
+        """Whether the connection breaks while this request sends its body."""
+        if method != "PUT" or self.uploads_before_cut is None:
+            return False
+        with self._lock:
+            self.requests.append(f"CUT {path}")
+            self.uploads_before_cut -= 1
+            return self.uploads_before_cut < 0
+
     def answer(self, path: str, request: Request) -> Reply:
         with self._lock:
             self.requests.append(f"{request.method} {path}")
+            token = (request.headers.get("Authorization") or "").removeprefix("Bearer ")
+            if self.tokens and token not in self.tokens and request.method != "PUT":
+                raise HubError(401, "Unauthorized", f"Invalid credentials: {token}")
             for pattern, handler in self._routes:
                 if found := pattern.fullmatch(path):
                     return handler(request, **found.groupdict())
@@ -157,12 +172,14 @@ class HubServer:
         wanted = request.json()
         kind = wanted.get("type") or "model"
         name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        if wanted.get("organization") not in (None, USER):
+            raise HubError(403, "Forbidden", f"You may not create a repository below {wanted['organization']}")
         prefix = "" if kind == "model" else f"{kind}s/"
         content = {"url": f"{self.url}/{prefix}{name}", "name": name, "id": "1"}
         if (kind, name) in self.repositories:
             return Reply(409, content | {"error": f"You already created this {kind} repo"})
         first = Commit(_sha1(name.encode()), "initial commit", {".gitattributes": self._store(b"")})
-        private = bool(wanted.get("private"))
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         self.repositories[kind, name] = Repository(kind, name, private, [first], {"main": first.oid})
         return Reply(content=content)
 
@@ -240,6 +257,11 @@ class HubServer:
         repository.references[revision] = repository.find(start).oid
         return Reply(content={})
 
+    def _tag(self, request: Request, kind: str, repo: str, revision: str) -> Reply:
+        repository = self._find(kind, repo)
+        repository.references[request.json()["tag"]] = repository.find(revision).oid
+        return Reply(content={})
+
     # Listings and downloads
 
     def _references(self, request: Request, kind: str, repo: str) -> Reply:
@@ -262,7 +284,10 @@ class HubServer:
         }
         names = {"_id": "1", "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": commit.oid}
         files = [{"rfilename": path} for path in commit.files]
-        return Reply(content=facts | names | {"lastModified": NOW, "createdAt": NOW, "siblings": files})
+        card = self._contents[commit.files["README.md"]].decode() if "README.md" in commit.files else ""
+        head = dict(re.findall(r"^(\w+): (\S+)$", card.split("\n---\n")[0], re.MULTILINE))
+        times = {"lastModified": NOW, "createdAt": NOW}
+        return Reply(content=facts | names | times | {"siblings": files, "cardData": head or None})
 
     def _entry(self, path: str, oid: str) -> dict[str, Any]:
         size = len(self._contents[oid])
@@ -321,6 +346,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         url = urlsplit(self.path)
+        if self.server_state.cuts(self.command, url.path):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.close_connection = True
+            return
         request = Request(self.command, self.headers.get("Host", ""), self._body(), parse_qs(url.query), self.headers)
         try:
             reply = self.server_state.answer(unquote(url.path), request)
