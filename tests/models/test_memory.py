@@ -5,10 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import BitsAndBytesConfig
 
-from dlm_tune.models import LLaDAConfig
+from dlm_tune.models import LLaDAConfig, load_model
+from dlm_tune.models.adapters import complete_peft_config
 from dlm_tune.models.memory import StepSetup, count_parameters, estimate_step_memory, optimizer_state_bytes
-from tests.tiny_models import MASK_ID, tiny_dream, tiny_llada
+from tests.tiny_models import MASK_ID, save_tiny_checkpoint, tiny_dream, tiny_llada
 
 B, L = 4, 64
 LORA = {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -155,6 +157,49 @@ def test_quantised_8b_with_an_adapter():
     assert estimate.gradients == 4 * num_adapter
     assert estimate.optimizer_state == 8 * num_adapter
     assert estimate.num_trainable == num_adapter
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and of what bitsandbytes keeps beside them, each storage once."""
+    tensors = {}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        beside = [value for part in (parameter, state, nested) for value in getattr(part, "__dict__", {}).values()]
+        for tensor in (parameter, *filter(torch.is_tensor, beside)):
+            tensors[tensor.data_ptr()] = tensor.nbytes
+    return sum(tensors.values())
+
+
+@pytest.mark.parametrize("quantization", ["nested", "4bit", "8bit"])
+def test_quantised_step_is_that_of_bitsandbytes(quantization, tmp_path):
+    """Real weights, and a real step with the layers in bfloat16; beside them a table of about a KB for each layer."""
+    pytest.importorskip("bitsandbytes")
+    save_tiny_checkpoint(tmp_path, d_model=512, mlp_hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=8)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization == "nested",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    adapter = LoraConfig(r=16)
+    setup = StepSetup(
+        4, 64, 4 * 64 - 4, dtype=torch.bfloat16, autocast_dtype=torch.bfloat16, peft_config=adapter,
+        quantization="8bit" if quantization == "8bit" else "4bit", double_quantization=quantization == "nested",
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    model = load_model(tmp_path, dtype=torch.bfloat16, quantization="8bit" if quantization == "8bit" else four_bits)
+    estimate = estimate_step_memory(model.config, setup)
+    model = get_peft_model(model, complete_peft_config(adapter, model))
+    assert 0 <= held_bytes(model) - estimate.weights < 2 * 7 * 1200
+    if quantization == "8bit":  # whose kernels for the CPU hold copies that those of a GPU do not
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    step = real_step(model.train(), setup)
+    step()
+    model.zero_grad(set_to_none=True)
+    assert sum(estimate.peak.values()) == pytest.approx(allocated_peak(step), rel=0.05)
 
 
 @pytest.mark.parametrize(
