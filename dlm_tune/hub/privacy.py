@@ -16,7 +16,7 @@ _SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNOR
 # `eos_token` and its like are no secrets
 _SECRET_KEY = re.compile(r"^hub_token$|^push_to_hub_token$|api_?key$|secret$|password$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
-_ABSOLUTE = re.compile(r"(?:(?<=[\s=:,'\"(\[])|^)(?:~?/|[A-Za-z]:[\\/])[^\s'\",)\]]+")
+_ABSOLUTE = re.compile(r"(?:file://|(?:(?<=[\s=:,'\"(\[])|^)(?:~?/(?!/)|[A-Za-z]:[\\/](?!/)))[^\s'\",)\]]+")
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".yaml", ".yml", ".safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -140,7 +140,9 @@ def test_repository_with_files_is_not_overwritten_unless_told(hub, checkpoint, t
     push_to_hub(checkpoint, "user/tiny")
     before = pushed(hub)
     other = save_tiny_checkpoint(tmp_path / "other", seed=4)
-    with pytest.raises(ValueError, match=r"user/tiny exists and holds chat_template.jinja, .* and 2 more.*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"user/tiny exists and holds chat_template.jinja, .* and 2 more.*--overwrite"
+    ):
         push_to_hub(other, "user/tiny")
     assert pushed(hub) == before
     api = HfApi()
