@@ -13,6 +13,7 @@ from dlm_tune.models.dream import DreamConfig, DreamModel
 from dlm_tune.models.families import FAMILIES, ModelFamily, end_of_turn_ids
 from dlm_tune.models.llada import LLaDAConfig, LLaDAModelLM
 from dlm_tune.models.loading import load_model
+from dlm_tune.models.merge import MergedCheckpoint, merge_adapter
 from dlm_tune.models.mixin import DiffusionMixin, MaskedTokenScores
 from dlm_tune.models.smdm import convert_smdm
 from dlm_tune.models.tokenizer import embedding_rows, load_tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "LLaDAConfig",
     "LLaDAModelLM",
     "MaskedTokenScores",
+    "MergedCheckpoint",
     "ModelFamily",
     "check_packed_attention",
     "convert_checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
     "guidance_keep_token_ids",
     "load_model",
     "load_tokenizer",
+    "merge_adapter",
     "write_adapter_facts",
 ]
 

@@ -90,6 +90,8 @@ class CheckpointConfigMixin:
                 del output[key]
         for key, value in source.items():
             unchanged = output.get(key, value) == untouched.get(key, value)
+            if key == "quantization_config" and key not in output:
+                continue  # deleted when the weights were dequantised
             if key not in ("transformers_version", "logits_shift") and unchanged:
                 output[key] = copy.deepcopy(value)
 

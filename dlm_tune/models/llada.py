@@ -29,10 +29,9 @@ _BLOCK_NAMES = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
+_TOP_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 LLADA_WEIGHT_RENAMES: list[tuple[str, str]] = [
-    (_ROOT + r"wte\.", "model.embed_tokens."),
-    (_ROOT + r"ln_f\.", "model.norm."),
-    (_ROOT + r"ff_out\.", "lm_head."),
+    *((_ROOT + rf"{original}\.", f"{native}.") for original, native in _TOP_NAMES.items()),
     *(
         (_ROOT + rf"blocks\.(\d+)\.{original}\.", rf"model.layers.\1.{native}.")
         for original, native in _BLOCK_NAMES.items()
@@ -280,6 +279,20 @@ def to_native_name(name: str) -> str:
     """Return the in-memory name of a weight named as in the authors' files."""
     for pattern, replacement in LLADA_WEIGHT_RENAMES:
         renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def to_original_name(name: str) -> str:
+    """Return the name in the authors' files of a weight named as in memory; the inverse of `to_native_name`."""
+    for original, native in _TOP_NAMES.items():
+        if name.startswith(f"{native}."):
+            return f"model.transformer.{original}.{name.removeprefix(f'{native}.')}"
+    for original, native in _BLOCK_NAMES.items():
+        renamed, count = re.subn(
+            rf"^model\.layers\.(\d+)\.{re.escape(native)}\.", rf"model.transformer.blocks.\1.{original}.", name
+        )
         if count:
             return renamed
     return name
