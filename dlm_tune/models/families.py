@@ -81,6 +81,8 @@ FAMILIES: dict[str, ModelFamily] = {
         ModelFamily("mistral", "<|im_end|>", CHATML_TEMPLATE, eos_token="</s>"),
         ModelFamily("qwen2", "<|im_end|>", CHATML_TEMPLATE),
         ModelFamily("qwen3", "<|im_end|>", CHATML_TEMPLATE),
+        ModelFamily("olmo2", "<|im_end|>", CHATML_TEMPLATE),
+        ModelFamily("smollm3", "<|im_end|>", CHATML_TEMPLATE, eos_token="<|end_of_text|>"),
     )
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_no_other_weight_is_touched(model_type, tied, tmp_path):
     autoregressive = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = load_model(tmp_path / "out", dtype=torch.float32)
     bidirectional = logits_of(model, tokens)
+    # the head alone makes the logits: nothing behind it scales them (as in Granite), which the scores would miss
+    shifted = torch.cat([bidirectional[:, :1], bidirectional[:, :-1]], dim=1).flatten(0, 1)
+    with torch.no_grad():
+        predicted = model.predict_logits(tokens, None, torch.ones_like(tokens, dtype=torch.bool))
+    torch.testing.assert_close(predicted, shifted)
     model.config.is_causal = True
     others = torch.arange(128) != mask
     assert torch.equal(logits_of(model, tokens)[..., others], logits_of(autoregressive, tokens)[..., others])
@@ -342,3 +348,17 @@ def test_faults_while_writing_leave_the_old_checkpoint(causal, tmp_path):
         convert_checkpoint(source, out, overwrite=True)
     assert config_json(out)["logits_shift"] is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ar", "out"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(causal, tmp_path):
+    out = convert_checkpoint(causal, tmp_path / "out", logits_shift=False).directory
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writes beyond fail as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"out failed: .*File too large"):
+            convert_checkpoint(causal, out, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert config_json(out)["logits_shift"] is False
+    assert torch.isfinite(logits_of(load_model(out), some_tokens())).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -37,6 +37,7 @@ def save_decoder(directory: Path, model_type: str, **config: Any) -> Path:
         "sliding_window": None,
         "bos_token_id": 1,
         "eos_token_id": 0,
+        "pad_token_id": 0,
         "initializer_range": 0.2,
     }
     torch.manual_seed(0)
