@@ -69,6 +69,9 @@ def model_section(facts: CheckpointFacts) -> str:
         "tokens that unconditional guidance sees": known.get("guidance_keep_token_ids"),
         "guidance is distilled into the weights, scale": known.get("guidance_distillation_scale"),
     }
+    if (merged := facts.training.get("merged_adapter")) and not facts.is_adapter:
+        parts = (merged.get("peft_type"), f"rank {merged['r']}" if merged.get("r") else None)
+        rows["weights"] = f"base and adapter, merged ({', '.join(part for part in parts if part)})"
     if facts.is_adapter:
         modules = config.get("target_modules")
         rows |= {

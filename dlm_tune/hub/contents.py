@@ -141,7 +141,8 @@ def _check_folder(folder: Path) -> None:
 def _shared_config(facts: CheckpointFacts) -> dict[str, Any]:
     config = dict(facts.config)
     if facts.is_adapter:
-        config["base_model_name_or_path"] = facts.base_model
+        if config.get("base_model_name_or_path") != facts.base_model:
+            config |= {"base_model_name_or_path": facts.base_model, "revision": None}
     elif (code := remote_code_map(config, None if facts.base_is_local else facts.base_model)) is not None:
         config["auto_map"] = code
     else:
