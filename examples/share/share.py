@@ -1,4 +1,4 @@
-"""`make share`: an adapter is merged, pushed, and loaded by its name in a fresh process, against a Hub on this machine.
+"""`make share`: an adapter is merged, pushed, and loaded by its name in a fresh process; the Hub is on this machine.
 
     python examples/share/share.py                                    # the quickstart's adapter; trained if missing
     python examples/share/share.py --adapter outputs/my-run --prompt "..."
