@@ -20,6 +20,7 @@ VERBS = {
     "chat": Verb("talk to a model and watch it denoise", "--model_name_or_path GSAI-ML/LLaDA-8B-Instruct"),
     "eval": Verb("held-out likelihood, exact match, benchmark tasks", "--config RECIPE --adapter OUTPUT_DIR"),
     "inspect": Verb("show a batch as the loss sees it", "--config llada-8b/sft/lora"),
+    "merge": Verb("make one checkpoint of adapter and base", "--adapter OUTPUT_DIR --output_dir OUT"),
     "push": Verb(
         "share a checkpoint or adapter on the Hub", "--model_name_or_path OUTPUT_DIR --hub_model_id USER/NAME"
     ),
@@ -158,6 +159,50 @@ class InspectArguments:
 
 
 @dataclass
+class MergeArguments:
+    """Keys of `merge`."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Adapter: a run's output_dir, or a Hub name."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Its base: a folder or a Hub name; null is the one that the adapter names."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of model_name_or_path on the Hub."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the merged checkpoint."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a checkpoint that is in output_dir."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the written weights; null is the base's.", "choices": DTYPES[1:]}
+    )
+    layout: str = field(
+        default="original",
+        metadata={
+            "help": "original: weights named as in the authors' files; hf: as transformers' modules.",
+            "choices": ["original", "hf"],
+        },
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest weights file; as much memory is needed."})
+    base_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "4bit: merge into the rounded weights that QLoRA trained on; null: into those of the files.",
+            "choices": ["4bit"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.adapter:
+            faults.append("adapter is missing: the folder of a saved adapter, such as the output_dir of a LoRA run.")
+        if not self.output_dir:
+            faults.append("output_dir is missing: the folder for the merged checkpoint.")
+        if self.model_revision and not self.model_name_or_path:
+            faults.append("model_revision has no effect without model_name_or_path: the adapter names its own base.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+
+@dataclass
 class PushArguments:
     """Keys of `push`."""
 
@@ -252,6 +297,8 @@ def verb_classes(verb: str) -> tuple[type, ...]:
     """Dataclasses whose fields are the keys of a verb. Imports trl, and with it torch, for the training verbs."""
     if verb in ("report", "env"):
         return ()
+    if verb == "merge":
+        return (MergeArguments,)
     if verb == "push":
         return (PushArguments,)
     if verb == "convert":

@@ -120,6 +120,10 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "Diffusion objective": _OBJECTIVE,
         "Batch": ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "use_cpu"),
     },
+    "merge": {
+        "What and where to": ("adapter", "model_name_or_path", "model_revision", "output_dir", "overwrite"),
+        "Weights": ("dtype", "layout", "base_quantization", "max_shard_size"),
+    },
     "push": {
         "What and where to": ("model_name_or_path", "hub_model_id", "revision", "private", "overwrite", "dry_run"),
         "The card": ("base_model", "license", "commit_message"),

@@ -63,6 +63,11 @@ def run(verb: str, recipe: Recipe) -> None:
 
         run_push(recipe)
         return
+    if verb == "merge":
+        from dlm_tune.commands.merge import run_merge
+
+        run_merge(recipe)
+        return
     if verb == "convert":
         from dlm_tune.commands.convert import run_convert
 

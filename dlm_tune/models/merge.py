@@ -53,6 +53,7 @@ def merge_adapter(
     output_dir: str | Path,
     *,
     base: str | Path | None = None,
+    base_revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     layout: str = "original",
     max_shard_size: str = "5GB",
@@ -68,6 +69,7 @@ def merge_adapter(
         adapter: directory or Hub name of a PEFT adapter.
         output_dir: directory to write.
         base: directory or Hub name of the base; None takes the one that the adapter names.
+        base_revision: of the Hub repository `base`.
         dtype: "bfloat16", "float16" or "float32"; None keeps the base's.
         layout: weights named as in the authors' files ("original"), or as transformers' modules ("hf").
         max_shard_size: largest file of weights; one file and one weight in float32 are held in memory.
@@ -82,7 +84,7 @@ def merge_adapter(
     """
     resolved = _check_choices(dtype, layout, base_quantization)
     adapter_directory = _adapter_directory(adapter)
-    base, base_directory = _base_directory(adapter_directory, base)
+    base, base_directory = _base_directory(adapter_directory, base, base_revision)
     config, _ = load_config(base_directory)
     check_weight_files(base_directory)
     _check_quantization(config, base_directory, base_quantization)
@@ -139,8 +141,7 @@ def _adapter_directory(adapter: str | Path) -> Path:
     return directory
 
 
-def _base_directory(adapter_directory: Path, base: str | Path | None) -> tuple[str, Path]:
-    revision = None
+def _base_directory(adapter_directory: Path, base: str | Path | None, revision: str | None) -> tuple[str, Path]:
     if base is None:
         try:
             base, revision = base_of_adapter(adapter_directory)
