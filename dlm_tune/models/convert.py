@@ -77,9 +77,9 @@ def convert_checkpoint(
     """Write an autoregressive checkpoint as a diffusion checkpoint that `load_model` reads.
 
     The mask token takes a row that the tables have beyond the vocabulary; without one the tables grow, to a multiple
-    of 64 rows. New rows, and the mask token's row of an untied LM head, are the mean of the vocabulary's rows: the
-    softmax is then at most log(1 + k / V) nats from that of the source, with k new rows (Hewitt 2021). All other
-    weights stay as they are, to the bit. The directory appears complete or not at all.
+    of 64 rows. New rows, and the mask token's row of an untied LM head, are the mean of the vocabulary's V rows: k new
+    rows raise the logarithm of the softmax's normaliser by at most log(1 + k / V) (Jensen; Hewitt 2021). All other
+    weights stay as they are, to the bit. The weights are in memory once; the directory appears complete or not at all.
 
     Args:
         path_or_repo: directory or Hub name of a Llama, Mistral, Qwen2, Qwen3, ... checkpoint (see FAMILIES).
@@ -104,7 +104,7 @@ def convert_checkpoint(
     config, family = _causal_config(source)
     tokenizer = read_tokenizer(source)
     _check_fit(tokenizer, config, source)
-    copied_id = _copied_id(tokenizer, mask_embedding, mask_token)
+    copied_id = _copied_id(tokenizer, mask_embedding)
     _set_mask_token(tokenizer, mask_token)
     config.mask_token_id, config.logits_shift, config.use_cache = tokenizer.mask_token_id, logits_shift, False
     with new_directory(output_dir, overwrite=overwrite, sources=[source]) as folder:
@@ -199,7 +199,7 @@ def _check_fit(tokenizer: Any, config: PreTrainedConfig, directory: Path) -> Non
         )
 
 
-def _copied_id(tokenizer: Any, mask_embedding: str, mask_token: str | None) -> int | None:
+def _copied_id(tokenizer: Any, mask_embedding: str) -> int | None:
     """The token whose row becomes the mask token's, None for the mean."""
     if mask_embedding == "mean":
         return None

@@ -27,7 +27,7 @@ def new_directory(
             a source.
         OSError: writing failed, for example because the disk is full.
     """
-    target = Path(output_dir).expanduser().absolute()
+    target = Path(output_dir).expanduser().resolve()
     _check_target(target, overwrite, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -43,9 +43,8 @@ def new_directory(
 
 
 def _check_target(target: Path, overwrite: bool, sources: Iterable[str | Path]) -> None:
-    resolved = target.resolve()
     for source in map(Path, sources):
-        if source.resolve().is_relative_to(resolved):
+        if source.resolve().is_relative_to(target):
             raise ValueError(f"output_dir={target} would replace {source}, from which is read; choose another one")
     if target.exists() and not target.is_dir():
         raise ValueError(f"output_dir={target} is a file; choose a directory")

@@ -334,7 +334,10 @@ def test_existing_output_is_kept_unless_it_is_to_be_replaced(causal, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         convert_checkpoint(causal, tmp_path / "file", overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "papers"]
+    (tmp_path / "link").symlink_to(out)
+    convert_checkpoint(causal, tmp_path / "link", overwrite=True, logits_shift=False)
+    assert config_json(out)["logits_shift"] is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "out", "papers"]
 
 
 def test_faults_while_writing_leave_the_old_checkpoint(causal, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -153,6 +154,25 @@ def test_gradients_are_finite_and_leave_the_zero_row_alone(converted):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert gradients["lm_head.weight"][:-1].abs().max() > 0
     assert gradients["lm_head.weight"][-1].abs().max() == 0
+
+
+def test_adapters_and_quantised_layers_keep_the_mask_token_out(converted, tmp_path):
+    *_, directory = converted
+    settings = (
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    )
+    for number, kind in enumerate(settings):
+        model = get_peft_model(
+            load_model(directory, dtype="float32"), LoraConfig(r=2, init_lora_weights=False, **kind)
+        )
+        model.save_pretrained(tmp_path / str(number))
+        again = load_model(tmp_path / str(number), dtype="float32")
+        found = logits_of(again, some_tokens())
+        assert torch.equal(found, logits_of(model, some_tokens()))
+        assert found.softmax(-1)[..., -1].max() == 0
+    quantised = load_model(directory, dtype="float32", quantization="8bit")
+    assert logits_of(quantised, some_tokens()).softmax(-1)[..., -1].max() == 0
 
 
 def test_facts_of_the_converted_checkpoint(converted, tmp_path):
