@@ -1,5 +1,6 @@
 """A PEFT adapter is merged into its base model, weight by weight: an 8B model needs the memory of one file of it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def merge_adapter(
             that cannot be merged, damaged files, an output directory that is not empty.
         OSError: the disk is full, or another fault of writing.
     """
-    resolved = _check_choices(dtype, layout, base_quantization)
+    resolved = _check_choices(dtype, layout, base_quantization, max_shard_size)
     adapter_directory = _adapter_directory(adapter)
     base, base_directory = _base_directory(adapter_directory, base, base_revision)
     config, _ = load_config(base_directory)
@@ -118,7 +119,11 @@ def merge_adapter(
     )
 
 
-def _check_choices(dtype: torch.dtype | str | None, layout: str, base_quantization: str | None) -> torch.dtype | None:
+def _check_choices(
+    dtype: torch.dtype | str | None, layout: str, base_quantization: str | None, max_shard_size: str
+) -> torch.dtype | None:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", str(max_shard_size)):
+        raise ValueError(f"max_shard_size={max_shard_size!r} is no size; use a number and its unit, such as 5GB")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; use {' or '.join(map(repr, LAYOUTS))}")
     if base_quantization not in (None, "4bit"):
