@@ -3,7 +3,6 @@
 from typing import Any
 
 from dlm_tune.hub.facts import RECIPE_FILE, CheckpointFacts
-from dlm_tune.hub.remote_code import code_repository
 
 _FAMILY_NAMES = {"llada": "LLaDA"}
 _CANVAS = 128  # tokens that the example generates, where there is room
@@ -160,8 +159,13 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 
 def _without_dlm_tune(facts: CheckpointFacts, name: str) -> str:
-    code = code_repository(facts.config, None if facts.base_is_local else facts.base_model)
-    if code is not None:
+    if not facts.authors_layout:
+        return (
+            "The weights have the names of transformers' modules, which the authors' code does not know: "
+            "`dlm-tune merge --layout original` writes a checkpoint for it."
+        )
+    if facts.auto_map is not None:
+        code = next(iter(facts.auto_map.values())).split("--")[0]
         return (
             "Weights and config.json are in the authors' layout. "
             f'`AutoModel.from_pretrained("{name}", trust_remote_code=True)` runs the modelling code of '

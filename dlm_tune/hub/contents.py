@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 from dlm_tune.hub.card import make_card
 from dlm_tune.hub.facts import RECIPE_FILE, CheckpointFacts, read_facts
 from dlm_tune.hub.privacy import has_secret, known_secrets, shareable_settings, without_local_paths
-from dlm_tune.hub.remote_code import remote_code_map
 from dlm_tune.models.checkpoint_files import check_weight_files, read_json
 
 # Everything else stays here: optimiser states, pickles, logs, checkpoint-* folders, data, code.
@@ -143,8 +142,8 @@ def _shared_config(facts: CheckpointFacts) -> dict[str, Any]:
     if facts.is_adapter:
         if config.get("base_model_name_or_path") != facts.base_model:
             config |= {"base_model_name_or_path": facts.base_model, "revision": None}
-    elif (code := remote_code_map(config, None if facts.base_is_local else facts.base_model)) is not None:
-        config["auto_map"] = code
+    elif facts.auto_map is not None:
+        config["auto_map"] = facts.auto_map
     else:
         config.pop("auto_map", None)
     return _without_paths(config)

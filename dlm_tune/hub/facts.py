@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from dlm_tune.hub.privacy import is_hub_name, last_part
+from dlm_tune.hub.remote_code import remote_code_map
 from dlm_tune.models.checkpoint_files import is_adapter_directory, read_json
 from dlm_tune.models.families import FAMILIES
 from dlm_tune.models.loading import load_config
@@ -31,6 +33,7 @@ class CheckpointFacts:
         mask_token_id: the mask token.
         mask_token: its text.
         logits_shift: whether position i is predicted at position i - 1.
+        authors_layout: whether the weights have the names that the authors' code gives them.
         config: config.json, or adapter_config.json.
         training: training.json: settings, steps, tokens, hardware, versions.
         results: results.json: evaluations before and after a run of the command line.
@@ -46,6 +49,7 @@ class CheckpointFacts:
     mask_token_id: int | None = None
     mask_token: str | None = None
     logits_shift: bool | None = None
+    authors_layout: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +60,13 @@ class CheckpointFacts:
     def settings(self) -> dict[str, Any]:
         """Settings of the training, as the trainer resolved them."""
         return self.training.get("settings") or {}
+
+    @property
+    def auto_map(self) -> dict[str, str] | None:
+        """The `auto_map` of the pushed config.json, None where no repository has code that reads these weights."""
+        if self.is_adapter or not self.authors_layout:
+            return None
+        return remote_code_map(self.config, None if self.base_is_local else self.base_model)
 
     @property
     def family_facts(self) -> dict[str, Any]:
@@ -105,6 +116,20 @@ def _set_model_family(facts: CheckpointFacts) -> None:
     facts.config = read_json(facts.folder / "config.json")
     facts.model_type, facts.logits_shift = family.model_type, bool(config.logits_shift)
     facts.mask_token_id = config.mask_token_id
+    # of the families, LLaDA alone has other names in the authors' code than in transformers
+    facts.authors_layout = family.model_type != "llada" or _first_weight(facts.folder).startswith("model.transformer.")
+
+
+def _first_weight(folder: Path) -> str:
+    """Name of a weight of a checkpoint, "" where there is none yet."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return str(next(iter(read_json(index).get("weight_map", {})), ""))
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return ""
+    with safe_open(file, framework="pt") as opened:
+        return str(next(iter(opened.keys()), ""))
 
 
 def _set_adapter_family(facts: CheckpointFacts) -> None:

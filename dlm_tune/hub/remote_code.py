@@ -39,9 +39,3 @@ def remote_code_map(config: dict[str, Any], base_model: str | None) -> dict[str,
     if not entries or (repository is None and not all("--" in entry for entry in entries.values())):
         return None
     return {name: entry if "--" in entry else f"{repository}--{entry}" for name, entry in entries.items()}
-
-
-def code_repository(config: dict[str, Any], base_model: str | None) -> str | None:
-    """Hub name of the repository with the modelling code, None where there is none."""
-    entries = remote_code_map(config, base_model)
-    return next(iter(entries.values())).split("--")[0] if entries else None

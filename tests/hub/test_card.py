@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dlm_tune import load_model
@@ -12,6 +13,7 @@ from dlm_tune.hub.card import MARKER, hub_datasets
 from dlm_tune.hub.contents import collect
 from dlm_tune.hub.privacy import REMOVED, is_hub_name, redact, without_local_paths
 from dlm_tune.hub.remote_code import remote_code_map
+from dlm_tune.models.llada import to_native_name
 from tests.hub.conftest import TOKEN
 from tests.models.test_loading import edit_json
 from tests.tiny_models import MASK_ID, VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
@@ -157,6 +159,16 @@ def test_config_points_to_the_authors_code(tmp_path):
         (tmp_path / "shared" / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
     # without the authors' code: the native class
     assert type(load_model(tmp_path / "shared")).__name__ == "LLaDAModelLM"
+
+
+def test_weights_under_transformers_names_are_not_said_to_fit_the_authors_code(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "checkpoint")
+    weights = {to_native_name(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    contents = collect(folder, "somebody/tiny")
+    assert "trust_remote_code" not in contents.card.text
+    assert "`dlm-tune merge --layout original`" in contents.card.text
+    assert "auto_map" not in json.loads(contents.files["config.json"])
 
 
 def test_a_causal_family_loads_bidirectionally_without_us(tmp_path):

@@ -263,3 +263,48 @@ def test_neither_paths_nor_secrets_leave_the_machine(hub, trained_adapter, monke
     assert "dataset_name: pairs.jsonl" in shared
     assert "max_steps: 2" in shared
     assert '"base_model_name_or_path": "user/base"' in content(hub, "adapter_config.json", "user/adapter")
+
+
+@pytest.mark.slow
+def test_people_without_dlm_tune_load_it_with_the_code_of_the_base(hub, checkpoint, tmp_path):
+    """`auto_map` of the pushed config finds the modelling code in the base's repository, here a stand-in for it."""
+    configuration = """
+from transformers import PreTrainedConfig
+class LLaDAConfig(PreTrainedConfig):
+    model_type = "llada"
+"""
+    modelling = """
+from torch import nn
+from transformers import PreTrainedModel
+from .configuration_llada import LLaDAConfig
+class LLaDAModelLM(PreTrainedModel):
+    config_class = LLaDAConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = nn.Module()
+        self.model.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.d_model)})
+        self.post_init()
+"""
+    push_to_hub(checkpoint, "user/base")
+    for name, text in (("configuration_llada.py", configuration), ("modeling_llada.py", modelling)):
+        HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id="user/base")
+    auto_map = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"}
+    edit_json(checkpoint / "config.json", auto_map=auto_map)
+    push_to_hub(checkpoint, "user/tuned", base_model="user/base")
+    script = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModel.from_pretrained("user/tuned", trust_remote_code=True)
+assert "dlm_tune" not in sys.modules
+print("REMOTE", type(model).__module__.startswith("transformers_modules"), type(model).__name__)
+table = model.model.transformer["wte"].weight
+import dlm_tune  # after transformers, where it is before it in the other test
+native = AutoModelForCausalLM.from_pretrained("user/tuned")
+print("NATIVE", type(native).__module__, bool((native.get_input_embeddings().weight == table).all()))
+"""
+    environment = os.environ | hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "REMOTE True LLaDAModelLM" in done.stdout
+    assert "NATIVE dlm_tune.models.llada True" in done.stdout
