@@ -163,8 +163,8 @@ def _check_repository(
         )
     try:
         files = say(lambda: api.list_repo_files(repo_id, revision=revision), passes=RevisionNotFoundError)
-    except RevisionNotFoundError:
-        files = say(lambda: api.list_repo_files(repo_id))  # what the branch will begin with
+    except RevisionNotFoundError:  # a new branch: nothing is overwritten, but it begins with the files of main
+        return [name for name in say(lambda: api.list_repo_files(repo_id)) if name not in _FIRST_FILES]
     files = [name for name in files if name not in _FIRST_FILES]
     if files and not overwrite:
         shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if files[5:] else "")

@@ -81,11 +81,13 @@ def test_model_comes_back_by_name_branch_and_tag(hub, checkpoint, tmp_path):
     assert torch.equal(logits_of(load_model("user/tiny")), expected)
     HfApi().create_tag("user/tiny", tag="v1")
     other = save_tiny_checkpoint(tmp_path / "other", seed=4)
-    push_to_hub(other, "user/tiny", revision="try", overwrite=True, commit_message="another seed")
+    push_to_hub(other, "user/tiny", revision="try", commit_message="another seed")
     assert hub.repositories["model", "user/tiny"].commits[-1].title == "another seed"
     assert torch.equal(logits_of(load_model("user/tiny")), expected)
     assert torch.equal(logits_of(load_model("user/tiny", revision="v1")), expected)
     assert torch.equal(logits_of(load_model("user/tiny", revision="try")), logits_of(load_model(other)))
+    with pytest.raises(ValueError, match="user/tiny at try exists and holds"):
+        push_to_hub(checkpoint, "user/tiny", revision="try")
 
 
 def test_only_what_belongs_to_a_checkpoint_is_pushed(hub, checkpoint):
