@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_tune.models import FAMILIES, DiffusionMixin, load_model, load_tokenizer
 from dlm_tune.models.convert import convert_checkpoint
@@ -221,6 +221,17 @@ def test_chat_template_is_the_models_own_or_the_familys(causal, converted, tmp_p
     chat = [{"role": "user", "content": "hi"}]
     text = load_tokenizer(tmp_path / "b").apply_chat_template(chat, tokenize=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
+    # for readers without dlm_tune it is in the files
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").apply_chat_template(chat, tokenize=False) == text
+
+
+def test_of_the_generation_config_only_the_ids_are_kept(tmp_path):
+    source = save_causal(tmp_path / "ar")
+    edit_json(source / "generation_config.json", temperature=0.6, do_sample=True, eos_token_id=[4, 0], max_length=99)
+    convert_checkpoint(source, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert content["eos_token_id"] == [4, 0]
+    assert not {"temperature", "do_sample", "max_length"} & content.keys()
 
 
 def test_training_goes_on_from_a_converted_checkpoint(converted, tmp_path):
