@@ -41,6 +41,7 @@ def prepare_model(
                 "the model has an adapter already, and peft_config asks for a new one. Go on with the one it has "
                 "(load_model(BASE, adapter=..., is_trainable=True) and no peft_config), or merge it first."
             )
+        _check_dora(peft_config, base_model)
         peft_config = complete_peft_config(peft_config, base_model)
     elif model is base_model and is_quantized(model):
         raise ValueError(
@@ -48,6 +49,16 @@ def prepare_model(
             "(LoraConfig(); in a recipe use_peft: true), or load the model without quantisation."
         )
     return model, base_model, peft_config
+
+
+def _check_dora(peft_config: PeftConfig, model: Any) -> None:
+    """Refuse DoRA on 8-bit weights on a CPU: where PEFT reads them there, it loses their scales."""
+    is_8bit = getattr(model, "is_loaded_in_8bit", False)
+    if getattr(peft_config, "use_dora", False) and is_8bit and model.device.type == "cpu":
+        raise ValueError(
+            "use_dora=True does not work on 8-bit weights on the CPU (PEFT loses their scales). Use 4 bits, plain "
+            "LoRA, or a GPU."
+        )
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -191,6 +191,35 @@ def test_quantised_weights_alone_cannot_be_trained(base, tmp_path, quantization)
         make_trainer(tmp_path, load_model(base, quantization=quantization))
 
 
+def test_dora_trains_on_4_bits_and_is_refused_on_8(base, tmp_path):
+    model = load_model(base, quantization="4bit")
+    trainer = make_trainer(
+        tmp_path / "out", model, max_steps=6, learning_rate=1e-2, peft_config=LoraConfig(r=4, use_dora=True)
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.3
+    trainer.save_model(tmp_path / "adapter")
+    again = load_model(base, quantization="4bit", adapter=tmp_path / "adapter")
+    assert torch.equal(logits_of(again, TOKENS), logits_of(trainer.model.eval(), TOKENS))
+    with pytest.raises(ValueError, match="use_dora=True does not work on 8-bit weights on the CPU"):
+        make_trainer(tmp_path, load_model(base, quantization="8bit"), peft_config=LoraConfig(r=4, use_dora=True))
+
+
+def test_a_frozen_adapter_is_evaluated_but_not_trained(base, tmp_path):
+    trainer = make_trainer(tmp_path / "out", load_model(base), peft_config=LoraConfig(r=4))
+    trainer.save_model(tmp_path / "adapter")
+    frozen = make_trainer(tmp_path / "again", load_model(tmp_path / "adapter"), eval_rows=PAIRS[:2])
+    assert frozen.evaluate()["eval_nelbo"] > 0
+    with pytest.raises(ValueError, match=r"no weight of the model is trained: .* is_trainable=True"):
+        frozen.train()
+
+
+def test_a_second_adapter_is_refused(base, tmp_path):
+    model = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the model has an adapter already, and peft_config asks for a new one"):
+        make_trainer(tmp_path, model, peft_config=LoraConfig(r=4))
+
+
 def test_a_quantised_model_is_saved_whole_after_evaluations(base, tmp_path):
     """bitsandbytes would have repacked the weights for the CPU, and written them so."""
     model = load_model(base, quantization="4bit")
