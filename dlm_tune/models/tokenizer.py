@@ -33,16 +33,17 @@ def load_tokenizer(
     """
     directory = checkpoint_directory(path_or_repo, revision)
     if is_adapter_directory(directory):
-        base = str(read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "")
+        settings = read_json(directory / "adapter_config.json")
+        base, base_revision = str(settings.get("base_model_name_or_path") or ""), settings.get("revision")
         if not has_tokenizer_files(directory):
             if not base:
                 raise ValueError(
                     f"{directory} is an adapter without a tokenizer, and its adapter_config.json names no "
                     "base_model_name_or_path to take one from; give the base model's directory"
                 )
-            return load_tokenizer(base, model_config=model_config)
+            return load_tokenizer(base, revision=base_revision, model_config=model_config)
         if model_config is None and base:
-            model_config = _config_of(checkpoint_directory(base))
+            model_config = _config_of(checkpoint_directory(base, base_revision))
     if model_config is None:
         model_config = _config_of(directory)
     family = FAMILIES.get(getattr(model_config, "model_type", ""))
