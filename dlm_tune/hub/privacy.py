@@ -12,7 +12,7 @@ _SECRET = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"
 )
-_SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(?:TOKEN|(?:API|ACCESS|SECRET|PRIVATE)_?KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 # `eos_token` and its like are no secrets
 _SECRET_KEY = re.compile(r"^hub_token$|^push_to_hub_token$|api_?key$|secret$|password$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
