@@ -124,7 +124,7 @@ class SavingTrainer(SFTTrainer):
 
     def _rename(self, source: Path, target: Path, replace: Any) -> None:
         """Put in place what all processes have written; nodes with disks of their own each do so."""
-        if self.args.should_save:
+        if self.args.should_save and source.is_dir():
             replace(source, target)
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0 and source.is_dir():

@@ -48,6 +48,12 @@ def test_two_processes_equal_one(tmp_path, one_process, batch_size, accumulation
     drawn = list(zip(first.values(), second.values(), strict=False))  # packed ranks have more or fewer rows
     assert sum(ours != theirs for ours, theirs in drawn) > len(drawn) / 2, "and the ranks do not draw the same"
 
+    if variant == "padded":  # a checkpoint appears when both ranks have written their part, and nothing is left beside
+        folder = tmp_path / "out"
+        names = {path.name for path in (folder / "checkpoint-5").iterdir()}
+        assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trainer_state.json"} <= names
+        assert not [path.name for path in folder.iterdir() if path.name.startswith("_")]
+
     # seven evaluation rows: the sampler repeats rows to fill the last batch, the metrics count each once
     assert ranks[0]["metrics"]["eval_num_rows"] == 7
     for key, value in one_process["metrics"].items():

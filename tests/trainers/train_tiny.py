@@ -23,7 +23,7 @@ TEXTS = [{"text": "klmnopqrst"[: 1 + i % 9]} for i in range(5)]  # 8 of 32 rows 
 
 
 VARIANTS = {
-    "padded": {},
+    "padded": {"save_strategy": "steps", "save_steps": 5},
     "packed": {"attention_annealing_steps": 4},  # and two steps without
     "unpaired": {"unpaired_fraction": 0.25, "prompt_dropout": 0.2, "prompt_noising": 0.2},
     "distilled": {"guidance_distillation_scale": 1.5, "prompt_dropout": 0.2},
@@ -61,8 +61,7 @@ def main() -> None:
         eos_policy="one",
         packing=packing,
         max_length=32,
-        **SHORT_RUN,
-        **parts,
+        **(SHORT_RUN | parts),
     )
     trainer = RecordingTrainer(
         model=tiny_decoder(Qwen3Config, Qwen3ForCausalLM, True) if packing else tiny_llada(),
