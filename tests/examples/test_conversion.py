@@ -58,6 +58,7 @@ def test_the_autoregressive_loss_is_transformers_own():
 
 
 def test_smoke_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra `guidance`")
     run, plot = load_script("run"), load_script("plot")
     words = ["small", "animal", "person", "bakes", "in the night", "that runs", "of a kind", "house"]
     lines = [
