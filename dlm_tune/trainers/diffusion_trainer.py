@@ -42,7 +42,7 @@ from dlm_tune.trainers.progress import DiffusionProgressCallback, StepTimer
 from dlm_tune.trainers.sharing import SharingTrainer
 from dlm_tune.trainers.statistics import NUM_COLUMNS, by_sequence, evaluation_metrics, row_statistics, summarise
 from dlm_tune.trainers.step_noise import corrupt_step
-from dlm_tune.trainers.trained_model import check_trainable, prepare_model
+from dlm_tune.trainers.trained_model import check_trainable, forget_evaluation, prepare_model
 from dlm_tune.trainers.trl_limits import adapters_keep_their_type, adapters_on_the_head
 from dlm_tune.trainers.unpaired import mix_unpaired, set_guidance_keep_tokens
 
@@ -233,6 +233,11 @@ class DiffusionTrainer(SharingTrainer):
         return loader
 
     # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; evaluations may have come before."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the optimiser, of which a frozen model has no need."""

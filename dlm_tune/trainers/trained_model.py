@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -68,3 +69,18 @@ def check_trainable(model: nn.Module) -> None:
             "no weight of the model is trained: its adapter was loaded for inference. To train on from it, load it "
             "with load_model(BASE, adapter=..., is_trainable=True)."
         )
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Let `train` prepare a model that an evaluation has prepared before it.
+
+    accelerate marks what it has prepared, for evaluation too, and hands it back as it is when training asks: without
+    DistributedDataParallel around it, so that every process would train on its own rows alone, unnoticed.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # prepared alike for both
+    if is_sharded or trainer.model_wrapped is not model or not getattr(model, "_is_accelerate_prepared", False):
+        return
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)  # takes autocast off `forward`, which comes again
+    model._is_accelerate_prepared = False
+    accelerator._models[:] = [known for known in accelerator._models if known is not model]

@@ -72,13 +72,14 @@ def main() -> None:
         processing_class=tiny_tokenizer(),
         peft_config=ADAPTER if variant == "distilled_adapter" else None,
     )
+    trainer.evaluate()  # as `dlm-tune sft` does, which must leave the processes together
     trainer.train()
     metrics = trainer.evaluate()
     rank = trainer.accelerator.process_index
     result = {
         "num_processes": trainer.accelerator.num_processes,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "metrics": {key: value for key, value in metrics.items() if "second" not in key and "runtime" not in key},
+        "metrics": {key: value for key, value in metrics.items() if "second" not in key and "time" not in key},
         "noise": trainer.noise,
     }
     (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
