@@ -75,7 +75,7 @@ class StreamedWeights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in stored:  # PEFT loads it into the model itself
                 parameter.data = torch.zeros(parameter.shape)
-        self._model = put_adapters(model, adapter_directory).get_base_model().float()
+        self._model = put_adapters(model, adapter_directory).get_base_model()
         self._owners = _adapted_modules(self._model)
         self._latest: dict[str, Tensor] = {}
         self.config = self._model.config
