@@ -21,6 +21,7 @@ _PUBLIC_NAMES = {
     "load_tokenizer": "dlm_tune.models",
     "convert_checkpoint": "dlm_tune.models",
     "convert_smdm": "dlm_tune.models",
+    "merge_adapter": "dlm_tune.models",
     "generate": "dlm_tune.generation",
     "DiffusionGenerationConfig": "dlm_tune.generation",
     "ClassifierGuidance": "dlm_tune.diffusion",

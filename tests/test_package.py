@@ -90,7 +90,7 @@ print(dlm_tune.__file__, len(names))
 
 def test_the_entry_points_answer(installed, tmp_path):
     listing = run(installed / "dlm-tune", "--help", cwd=tmp_path)
-    for verb in ("pretrain", "sft", "generate", "chat", "eval", "inspect", "report", "env"):
+    for verb in ("pretrain", "sft", "generate", "chat", "eval", "inspect", "merge", "convert", "push", "report", "env"):
         assert verb in listing
     assert run(installed / "python", "-m", "dlm_tune", "--help", cwd=tmp_path) == listing
 
