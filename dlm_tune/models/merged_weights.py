@@ -5,6 +5,7 @@ weights are read from the files, PEFT's own `merge` adds the adapter's, and they
 """
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class StreamedWeights:
             if name in stored:  # PEFT loads it into the model itself
                 parameter.data = torch.zeros(parameter.shape)
         self._model = put_adapters(model, adapter_directory).get_base_model()
+        _let_go_of_unread(self._model, stored)
         self._owners = _adapted_modules(self._model)
         self._latest: dict[str, Tensor] = {}
         self.config = self._model.config
@@ -118,7 +120,7 @@ class StreamedWeights:
                 parameter.data = self._read(f"{owner}.{name}")
         try:
             layer.merge(safe_merge=True)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"the adapter cannot be merged into {owner}: {error}") from error
         merged = {f"{owner}.{name}": parameter.data for name, parameter in parameters.items()}
         layer.merged_adapters.clear()
@@ -146,8 +148,15 @@ class StreamedWeights:
         return self._owner(name) is not None or self._own(name) is not None
 
     def _is_untied_by_the_adapter(self) -> bool:
-        is_changed = self._is_adapted(_TABLE) or self._is_adapted(_HEAD)
-        return is_changed and not torch.equal(self.merged(_TABLE), self.merged(_HEAD))
+        if not (self._is_adapted(_TABLE) or self._is_adapted(_HEAD)):
+            return False
+        table, head = self.merged(_TABLE), self.merged(_HEAD)
+        if table.shape != head.shape:
+            raise ValueError(
+                f"the adapter brings an embedding table of {len(table)} rows, and the head, no longer tied to it, has "
+                f"the base's {len(head)}; a larger vocabulary needs table and head in the adapter (modules_to_save)"
+            )
+        return not torch.equal(table, head)
 
     def _check_files(self, directory: Path) -> None:
         """Check that what is to be read from the base is there in the right shapes."""
@@ -256,6 +265,18 @@ def _outline(config: PreTrainedConfig) -> Any:
             setattr(module, name, nn.Parameter(outline, requires_grad=False))
     model.tie_weights()
     return model.eval()
+
+
+def _let_go_of_unread(model: nn.Module, stored: Collection[str]) -> None:
+    """Take back the memory of what PEFT read into a copy that it trains whole, not into the model's own weight.
+
+    A tied weight is the other module's too, whose values are the base's and not zeros.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    read = {id(parameter) for name, parameter in named if name.replace(".base_layer.", ".") in stored}
+    for name, parameter in named:
+        if ".original_module." in f".{name}" and id(parameter) not in read:
+            parameter.data = torch.zeros(()).expand(parameter.shape)
 
 
 def _has_memory(tensor: Tensor) -> bool:

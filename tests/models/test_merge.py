@@ -36,6 +36,8 @@ TIED: dict[str, dict[str, Any]] = {
     "together": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "table": {"target_modules": ["embed_tokens"]},
     "head": {"target_modules": ["lm_head"]},
+    "saved-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -129,7 +131,10 @@ def test_merged_logits_are_those_of_the_adapter_on_its_base(
 
 @pytest.mark.parametrize(
     ("kind", "stays_tied"),
-    [("dora", True), ("together", True), ("tokens", None), ("saved", False), ("table", False), ("head", False)],
+    [
+        *(("dora", True), ("together", True), ("tokens", None), ("saved", False), ("table", False), ("head", False)),
+        *(("saved-table", False), ("saved-head", False)),  # the other one stays the base's
+    ],
 )
 @pytest.mark.parametrize("family", ["llada-tied", "qwen3"])
 def test_tied_tables_stay_tied_only_if_the_adapter_leaves_them_equal(

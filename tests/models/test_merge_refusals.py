@@ -131,6 +131,9 @@ def test_adapters_without_a_merge_are_refused(plain: tuple[Path, Path], tmp_path
     adapter = make_adapter(base, tmp_path / "lora", lora(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"base_quantization='4bit': the weights in .* are quantised already"):
         merge_adapter(adapter, tmp_path / "out", base=tmp_path / "quantised", base_quantization="4bit")
+    biased = make_adapter(base, tmp_path / "biased", lora(target_modules=["o_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match=r"cannot be merged into model\.layers\.0\.self_attn\.o_proj: .* has no bias"):
+        merge_adapter(biased, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 
@@ -148,3 +151,15 @@ def test_vocabularies_that_do_not_fit_are_refused(plain: tuple[Path, Path], tmp_
         ValueError, match=r"with 136 rows and the base has 160: .* a smaller one is that of another base"
     ):
         merge_adapter(tmp_path / "both", tmp_path / "out", base=larger)
+
+
+def test_larger_table_whose_tied_head_the_adapter_lacks_is_refused(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", weight_tying=True)
+    model = load_model(base, dtype="float32")
+    model.resize_token_embeddings(136, mean_resizing=False)
+    peft_model = get_peft_model(model, lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    base = base.rename(tmp_path / "elsewhere")  # PEFT cannot look up the base, and saves no tables of its own accord
+    peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"an embedding table of 136 rows, and the head, .* has the base's 128"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
