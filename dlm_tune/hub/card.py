@@ -121,17 +121,17 @@ def _summary(facts: CheckpointFacts) -> str:
     kind = (
         "An adapter for a masked diffusion language model" if facts.is_adapter else "A masked diffusion language model"
     )
-    base = ""
+    base, converted = "", facts.training.get("converted_from")
     if facts.base_model:
         shown = (
             f"`{facts.base_model}` (not on the Hub)"
             if facts.base_is_local
             else f"[{facts.base_model}](https://hf.co/{facts.base_model})"
         )
-        base = f", trained from {shown}"
+        base = f", {'converted' if converted else 'trained'} from {shown}"
+    made = f"Converted from {converted} with dlm-tune, without training." if converted else "Trained with dlm-tune."
     return (
-        f"{kind}{base}. It denoises: all masked positions are predicted at once, from the tokens on both sides. "
-        "Trained with dlm-tune."
+        f"{kind}{base}. It denoises: all masked positions are predicted at once, from the tokens on both sides. {made}"
     )
 
 

@@ -106,7 +106,8 @@ def _set_base(facts: CheckpointFacts, given: str | None) -> None:
     named = given or named or facts.recipe.get("model_name_or_path")
     if not named:
         return
-    was_local = named == training.get("base_model") and training.get("base_model_is_local")
+    # a relative path looks like a name of the Hub wherever it does not exist
+    was_local = last_part(str(named)) == training.get("base_model") and training.get("base_model_is_local")
     facts.base_is_local = not given and (bool(was_local) or not is_hub_name(named))
     facts.base_model = last_part(str(named)) if facts.base_is_local else str(named)
 

@@ -207,7 +207,10 @@ def _report(contents: Contents, repo_id: str, url: str | None) -> PushReport:
         )
         warnings.append(f"The card names no licence{where}: give one with --license, for example apache-2.0.")
     if contents.facts.base_is_local:
-        warnings.append(f"The base {contents.facts.base_model} is a local folder: the card has no base_model.")
+        warnings.append(
+            f"The base {contents.facts.base_model} is a local folder: the card has no base_model. Name one of the "
+            "Hub with --base_model USER/NAME."
+        )
     if not contents.facts.training:
         warnings.append("The folder has no training.json: the card says nothing of the training.")
     return PushReport(repo_id, url, contents.sizes(), contents.left_out, str(contents.card), warnings)

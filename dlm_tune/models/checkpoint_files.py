@@ -74,6 +74,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def base_record(path_or_repo: str | Path) -> dict[str, Any]:
+    """What `training.json` says of a model's origin: of a local path the last part alone, and that it is local."""
+    name = str(path_or_repo)
+    is_local = Path(name).expanduser().exists() or name.count("/") != 1
+    return {"base_model": name.rstrip("/").split("/")[-1] if is_local else name, "base_model_is_local": is_local}
+
+
 def is_adapter_directory(directory: Path) -> bool:
     """Whether the directory holds an adapter and not a whole model."""
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()

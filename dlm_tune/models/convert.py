@@ -5,6 +5,7 @@ to DiffuLLaMA (arXiv 2410.17891, section 3.2) and Dream (arXiv 2508.15487, secti
 """
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from dlm_tune.models.checkpoint_files import (
+    base_record,
     check_weight_files,
     checkpoint_directory,
     is_adapter_directory,
@@ -21,6 +23,7 @@ from dlm_tune.models.checkpoint_files import (
 )
 from dlm_tune.models.families import ModelFamily, end_of_turn_ids
 from dlm_tune.models.loading import check_loading_report, load_config, read_config
+from dlm_tune.models.merged_files import LICENCE_FILES, copy_files
 from dlm_tune.models.output_directory import new_directory
 from dlm_tune.models.tokenizer import load_tokenizer, read_tokenizer
 
@@ -116,6 +119,8 @@ def convert_checkpoint(
         model.generation_config = _token_ids(model.generation_config)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_tokenizer(tokenizer, folder)
+        copy_files(source, LICENCE_FILES, folder)
+        write_record(folder, path_or_repo, "a causal decoder")
         load_config(folder)
         num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ConvertedCheckpoint(
@@ -166,6 +171,12 @@ def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Save a tokenizer beside its model's config.json, with padding token and chat template as `load_tokenizer`."""
     tokenizer.save_pretrained(directory)
     load_tokenizer(directory).save_pretrained(directory)
+
+
+def write_record(directory: Path, path_or_repo: str | Path, converted_from: str) -> None:
+    """Write `training.json`: of what the checkpoint was made, and that nothing was trained."""
+    content = {**base_record(path_or_repo), "converted_from": converted_from}
+    (directory / "training.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _causal_config(directory: Path) -> tuple[PreTrainedConfig, ModelFamily]:

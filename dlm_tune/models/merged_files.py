@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
-from dlm_tune.models.checkpoint_files import read_json
+from dlm_tune.models.checkpoint_files import base_record, read_json
 from dlm_tune.models.tokenizer import has_tokenizer_files
 
 _TOKENIZER_FILES = (
@@ -21,7 +21,8 @@ _TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
 )
-_BASE_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+_BASE_FILES = ("generation_config.json", "*.py", *LICENCE_FILES)
 _RUN_FILES = ("generation_config.json", "recipe.yaml", "results.json", "evaluation.json", "training.json")
 
 
@@ -52,16 +53,20 @@ def write_small_files(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(folder)
-    _copy(base_directory, _BASE_FILES, folder)
-    _copy(adapter_directory, _RUN_FILES, folder)
-    _copy(adapter_directory if has_tokenizer_files(adapter_directory) else base_directory, _TOKENIZER_FILES, folder)
+    copy_files(base_directory, _BASE_FILES, folder)
+    copy_files(adapter_directory, _RUN_FILES, folder)
+    copy_files(
+        adapter_directory if has_tokenizer_files(adapter_directory) else base_directory, _TOKENIZER_FILES, folder
+    )
     peft_config = PeftConfig.from_pretrained(str(adapter_directory))
     file = folder / "training.json"
-    is_local = Path(base).exists() or base.count("/") != 1
+    training = read_json(file) if file.is_file() else {}
+    if "base_model" not in training or training.get(
+        "base_model_is_local"
+    ):  # the base of the merge may have a name that others know
+        training |= base_record(base)
     content = {
-        "base_model": Path(base).name if is_local else base,
-        "base_model_is_local": is_local,
-        **(read_json(file) if file.is_file() else {}),
+        **training,
         "merged_adapter": {
             "peft_type": peft_config.peft_type.value,
             "r": getattr(peft_config, "r", None),
@@ -72,7 +77,8 @@ def write_small_files(
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy(source: Path, patterns: tuple[str, ...], target: Path) -> None:
+def copy_files(source: Path, patterns: tuple[str, ...], target: Path) -> None:
+    """Copy the files of a folder whose names match one of the patterns."""
     for pattern in patterns:
         for file in source.glob(pattern):
             if file.is_file():

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dlm_tune.models.checkpoint_files import checkpoint_directory
-from dlm_tune.models.convert import DEFAULT_MASK_TOKEN, ConvertedCheckpoint, write_tokenizer
+from dlm_tune.models.convert import DEFAULT_MASK_TOKEN, ConvertedCheckpoint, write_record, write_tokenizer
 from dlm_tune.models.loading import load_config
 from dlm_tune.models.output_directory import new_directory
 from dlm_tune.models.tokenizer import read_tokenizer
@@ -134,6 +134,7 @@ def convert_smdm(
         model = _llama(shape, native_tensors(tensors, shape), words, dtype)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         write_tokenizer(words, folder)
+        write_record(folder, weights_file, "a checkpoint of SMDM")
         load_config(folder)
         num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return ConvertedCheckpoint(

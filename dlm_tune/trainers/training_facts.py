@@ -1,12 +1,12 @@
 """What a training was, kept as `training.json` beside the weights: the model card is made from it."""
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlm_tune import __version__
+from dlm_tune.models.checkpoint_files import base_record
 from dlm_tune.trainers.diffusion_config import DiffusionConfig
 
 TRAINING_FACTS_NAME = "training.json"
@@ -50,8 +50,6 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     """
     args: DiffusionConfig = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = str(getattr(model.config, "_name_or_path", "") or "")
-    is_local = Path(base).exists() or base.count("/") != 1
     settings = {name: value for name in _SETTINGS if _says_something(name, value := getattr(args, name, None))}
     collator = trainer.data_collator
     settings |= {
@@ -60,8 +58,7 @@ def training_facts(trainer: Any) -> dict[str, Any]:
     settings["sequences_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = trainer._num_tokens
     facts = {
-        "base_model": base.rstrip("/").split("/")[-1] if is_local else base,
-        "base_model_is_local": is_local,
+        **base_record(getattr(model.config, "_name_or_path", "") or ""),
         "settings": settings,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

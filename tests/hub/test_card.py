@@ -3,20 +3,25 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dlm_tune import load_model
+from dlm_tune import DiffusionConfig, DiffusionTrainer, load_model, push_to_hub
 from dlm_tune.hub import make_card
 from dlm_tune.hub.card import MARKER, hub_datasets
 from dlm_tune.hub.contents import collect
 from dlm_tune.hub.privacy import REMOVED, is_hub_name, redact, without_local_paths
 from dlm_tune.hub.remote_code import remote_code_map
+from dlm_tune.models import convert_checkpoint, merge_adapter
 from dlm_tune.models.llada import to_native_name
 from tests.hub.conftest import TOKEN
+from tests.models.test_convert import save_causal
 from tests.models.test_loading import edit_json
-from tests.tiny_models import MASK_ID, VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
+from tests.tiny_models import MASK_ID, SHORT_RUN, VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
+from tests.trainers.test_diffusion_trainer import PAIRS, make_trainer
 
 
 def rows_of(card):
@@ -189,6 +194,55 @@ def test_a_causal_family_loads_bidirectionally_without_us(tmp_path):
         changed = input_ids.clone()
         changed[:, -1] = 5
         assert not torch.equal(alone[:, 0], load_model(tmp_path)(input_ids=changed).logits[:, 0])
+
+
+def test_converted_model_names_what_it_was_made_of(hub, tmp_path):
+    """From the Hub to a folder, LoRA on that, and the merge: the card names the source where others know it."""
+    source = save_causal(tmp_path / "source")
+    (source / "LICENSE").write_text("Apache")
+    HfApi().create_repo("user/causal")
+    HfApi().upload_folder(repo_id="user/causal", folder_path=source)
+    for origin, folder in (("user/causal", tmp_path / "converted"), (str(source), tmp_path / "of-a-folder")):
+        result = convert_checkpoint(origin, folder)
+        card = make_card(folder, repo_id="user/diffusion")
+        is_known = origin == "user/causal"
+        assert card.data.to_dict().get("base_model") == (origin if is_known else None)
+        assert card.data.to_dict().get("base_model_relation") == ("finetune" if is_known else None)
+        assert "Converted from a causal decoder with dlm-tune, without training." in card.text
+        assert "Trained" not in card.text
+        assert str(tmp_path) not in (folder / "training.json").read_text()
+    assert (tmp_path / "of-a-folder" / "LICENSE").read_text() == "Apache"
+
+    push_to_hub(tmp_path / "converted", "user/diffusion", license="apache-2.0")
+    assert load_model("user/diffusion").config.mask_token_id == result.mask_token_id
+    trainer = DiffusionTrainer(
+        str(tmp_path / "converted"),
+        DiffusionConfig(output_dir=str(tmp_path / "adapter"), max_steps=1, **SHORT_RUN),
+        Dataset.from_list(PAIRS),
+        peft_config=LoraConfig(r=2),
+    )
+    trainer.train()
+    trainer.save_model()
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")  # into the folder: nobody else knows that name
+    report = push_to_hub(tmp_path / "merged", "user/merged", dry_run=True)
+    assert "base_model" not in report.metadata
+    assert any("converted is a local folder" in line and "--base_model USER/NAME" in line for line in report.warnings)
+    assert "Trained with dlm-tune" in report.card
+    merge_adapter(tmp_path / "adapter", tmp_path / "again", base="user/diffusion")
+    metadata = make_card(tmp_path / "again").data.to_dict()
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("user/diffusion", "finetune")
+
+
+def test_relative_base_of_an_adapter_is_local_from_everywhere(tmp_path, monkeypatch):
+    """`outputs/base` looks like USER/NAME where that folder is not."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint("outputs/base")
+    trainer = make_trainer("outputs/lora", model=load_model("outputs/base"), peft_config=LoraConfig(r=2), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    monkeypatch.chdir(tmp_path / "outputs" / "lora")
+    with pytest.raises(ValueError, match="which nobody else has"):
+        collect(".", "user/lora")
 
 
 def test_data_sets_are_named_only_by_their_hub_names(tmp_path, monkeypatch):
