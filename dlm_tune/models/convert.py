@@ -25,7 +25,7 @@ from dlm_tune.models.families import ModelFamily, end_of_turn_ids
 from dlm_tune.models.loading import check_loading_report, load_config, read_config
 from dlm_tune.models.merged_files import LICENCE_FILES, copy_files
 from dlm_tune.models.output_directory import new_directory
-from dlm_tune.models.tokenizer import load_tokenizer, read_tokenizer
+from dlm_tune.models.tokenizer import check_mask_token_alone, load_tokenizer, read_tokenizer
 
 DEFAULT_MASK_TOKEN = "<|mask|>"
 # Tables that grow do so to a multiple of this, which matrix units prefer.
@@ -109,6 +109,7 @@ def convert_checkpoint(
     _check_fit(tokenizer, config, source)
     copied_id = _copied_id(tokenizer, mask_embedding)
     _set_mask_token(tokenizer, mask_token)
+    check_mask_token_alone(tokenizer, source)
     config.mask_token_id, config.logits_shift, config.use_cache = tokenizer.mask_token_id, logits_shift, False
     with new_directory(output_dir, overwrite=overwrite, sources=[source]) as folder:
         source = checkpoint_directory(path_or_repo, revision)

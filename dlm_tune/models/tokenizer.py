@@ -138,6 +138,19 @@ def _set_mask_token(
             f"the tokenizer in {directory} says mask_token={tokenizer.mask_token!r} (id {tokenizer.mask_token_id}) "
             f"but the model says mask_token_id={wanted}; correct the wrong one, or take both from the same checkpoint"
         )
+    check_mask_token_alone(tokenizer, directory)
+
+
+def check_mask_token_alone(tokenizer: Any, directory: Path) -> None:
+    """Raise ValueError where another token has the mask token's id: where ids have gaps, added ones can coincide."""
+    mask_token, mask_token_id = tokenizer.mask_token, tokenizer.mask_token_id
+    others = [token for token, number in tokenizer.get_vocab().items() if number == mask_token_id]
+    if others != [mask_token]:
+        raise ValueError(
+            f"the tokenizer in {directory} gives the id {mask_token_id} of its mask token {mask_token!r} to "
+            f"{', '.join(repr(token) for token in others if token != mask_token)} too, so that texts with it would "
+            "look masked: the ids of its vocabulary have gaps. Set mask_token to a token it has and no text contains"
+        )
 
 
 def _set_end_and_padding(

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,20 @@ def test_impossible_mask_tokens_are_refused(causal, arguments, message, tmp_path
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(causal, tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_mask_token_that_falls_on_another_token_is_refused(causal, tmp_path):
+    """tokenizers numbers new tokens by the size of the vocabulary, which is a token's id where there are gaps."""
+    source = tmp_path / "ar"
+    shutil.copytree(causal, source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["vocab"]["~"] = NUM_TOKENS  # leaves a gap where it was
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"id {NUM_TOKENS} of its mask token '<\|mask\|>' to '~' too, .* have gaps"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert_checkpoint(source, tmp_path / "out", mask_token="<|reserved|>")
+    assert load_tokenizer(tmp_path / "out").mask_token == "<|reserved|>"
 
 
 def test_diffusion_checkpoints_are_refused(converted, tmp_path):
