@@ -44,6 +44,13 @@ def complete_peft_config(peft_config: PeftConfig, model: PreTrainedModel) -> Pef
         value = getattr(completed, name, None)
         if value is not None:
             setattr(completed, name, _checked_names(name, value, model))
+    tokens = getattr(completed, "trainable_token_indices", None)
+    if getattr(model.config, "excludes_mask_logit", False) and isinstance(tokens, Mapping) and "lm_head" in tokens:
+        raise ValueError(
+            "trainable_token_indices names lm_head, where PEFT leaves out the bias that keeps the mask token's column "
+            "out of every softmax (excludes_mask_logit in the model's config.json): train the head with LoRA "
+            "(target_modules) or whole (modules_to_save)"
+        )
     return completed
 
 
@@ -124,7 +131,7 @@ def put_adapters(
             else:
                 peft_model.load_adapter(directory, name)
             _check_weights(peft_model, name, directory)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise _misfit(named[name], directory, model, _first_lines(error)) from error
         # what is saved after more training names the model that it was trained on, wherever that lies now
         peft_model.peft_config[name].base_model_name_or_path = model.name_or_path

@@ -180,6 +180,14 @@ def test_tables_of_another_size_are_refused_without_facts_too(base: Path, tmp_pa
         load_model(larger, adapter=tmp_path / "adapter")
 
 
+def test_trained_tokens_behind_the_table_are_refused_without_facts_too(base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "adapter", trainable_token_indices=[2, 120])
+    edit_json(tmp_path / "adapter" / "adapter_config.json", auto_mapping=None)
+    smaller = save_tiny_checkpoint(tmp_path / "smaller", "llada", vocab_size=110, embedding_size=110)
+    with pytest.raises(ValueError, match=r"does not fit the model .*smaller.*: index 120 is out of bounds"):
+        load_model(smaller, adapter=tmp_path / "adapter")
+
+
 def test_a_vocabulary_larger_than_the_table_is_refused(tmp_path: Path) -> None:
     directory = save_tiny_checkpoint(tmp_path, "llada", vocab_size=64, embedding_size=64)
     with pytest.raises(ValueError, match=r"ids up to 10\d but the model has 64 embedding rows"):

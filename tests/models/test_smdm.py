@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dlm_tune.models import load_model, load_tokenizer
+from dlm_tune.models.adapters import complete_peft_config
 from dlm_tune.models.smdm import ARCHITECTURES, convert_smdm
 from tests.models.layouts import config_json, logits_of
 from tests.tiny_models import tiny_tokenizer
@@ -173,6 +174,8 @@ def test_adapters_and_quantised_layers_keep_the_mask_token_out(converted, tmp_pa
         assert found.softmax(-1)[..., -1].max() == 0
     quantised = load_model(directory, dtype="float32", quantization="8bit")
     assert logits_of(quantised, some_tokens()).softmax(-1)[..., -1].max() == 0
+    with pytest.raises(ValueError, match="trainable_token_indices names lm_head, where PEFT leaves out the bias"):
+        complete_peft_config(LoraConfig(trainable_token_indices={"lm_head": [3]}), load_model(directory))
 
 
 def test_facts_of_the_converted_checkpoint(converted, tmp_path):
