@@ -1,8 +1,7 @@
 """`python -m dlm_tune ...` is `dlm-tune ...`; also what `accelerate launch -m dlm_tune` runs."""
 
-import sys
-
 from dlm_tune.cli import main
+from dlm_tune.commands.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

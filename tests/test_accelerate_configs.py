@@ -148,3 +148,16 @@ def test_one_process_on_the_cpu(tmp_path, start):
         command = ["accelerate.commands.launch", "--config_file", str(FOLDER / "cpu.yaml"), "-m", "dlm_tune"]
         results = train(tmp_path, command)
     assert results["num_processes"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_leaves_with_its_exit_code_and_last_words(processes):
+    program = (
+        "import atexit, sys; from dlm_tune.commands.launch import leave\n"
+        "atexit.register(print, 'tracker closed'); print('done', end=' '); leave(3)"
+    )
+    environment = os.environ | {"WORLD_SIZE": str(processes)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=FOLDER.parent, env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (3, "done tracker closed\n")

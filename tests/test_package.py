@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dlm_tune.commands.arguments import VERBS
+
 ROOT = Path(__file__).parent.parent
 SHARED_FOLDERS = ("recipes", "accelerate_configs", "models")
 
@@ -90,7 +92,7 @@ print(dlm_tune.__file__, len(names))
 
 def test_the_entry_points_answer(installed, tmp_path):
     listing = run(installed / "dlm-tune", "--help", cwd=tmp_path)
-    for verb in ("pretrain", "sft", "generate", "chat", "eval", "inspect", "merge", "convert", "push", "report", "env"):
+    for verb in VERBS:
         assert verb in listing
     assert run(installed / "python", "-m", "dlm_tune", "--help", cwd=tmp_path) == listing
 

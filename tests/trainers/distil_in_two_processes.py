@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dlm_tune.commands.launch import leave
 from dlm_tune.models import lm_head
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.distillation import GuidedTeacher
@@ -143,6 +144,7 @@ def main() -> None:
         print("RESULT", json.dumps(result), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

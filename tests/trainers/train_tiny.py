@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dlm_tune.commands.launch import leave
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from tests.models.test_mixin import tiny_decoder
 from tests.tiny_models import SHORT_RUN, tiny_llada, tiny_tokenizer
@@ -83,7 +84,8 @@ def main() -> None:
         "noise": trainer.noise,
     }
     (output_dir / f"rank{rank}.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()  # a process that leaves with its group open may abort
+    trainer.accelerator.end_training()
+    leave(0)
 
 
 if __name__ == "__main__":
