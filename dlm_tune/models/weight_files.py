@@ -1,6 +1,8 @@
 """The weights of a checkpoint directory, read and written one at a time."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _QUANTIZATION_PARTS = (
     ".SCB",
     ".weight_format",
 )
+_FLOATING_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class WeightFiles:
@@ -38,14 +41,18 @@ class WeightFiles:
         index = directory / f"{_STEM}.safetensors.index.json"
         shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {f"{_STEM}.safetensors"}
         self._places: dict[str, tuple[Path, str]] = {}
+        self._numbers: Counter[torch.dtype] = Counter()  # in all weights of a floating-point type
         for file in (directory / shard for shard in sorted(shards)):
             with safe_open(file, framework="pt") as opened:
                 self._places |= {rename(key): (file, key) for key in opened.keys()}  # noqa: SIM118
+                for part in map(opened.get_slice, filter(_is_weight, opened.keys())):
+                    if part.get_dtype() in _FLOATING_TYPES:
+                        self._numbers[_FLOATING_TYPES[part.get_dtype()]] += math.prod(part.get_shape())
 
     @property
     def names(self) -> list[str]:
         """In-memory names of all weights."""
-        return [name for name in self._places if not any(part in name for part in _QUANTIZATION_PARTS)]
+        return list(filter(_is_weight, self._places))
 
     def shape(self, name: str) -> list[int]:
         """Shape of a weight as the model has it."""
@@ -69,8 +76,9 @@ class WeightFiles:
         return tensor
 
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the first weight in the files."""
-        return self.read(self.names[0]).dtype
+        """Floating-point type of most numbers in the files."""
+        [(dtype, _)] = self._numbers.most_common(1)
+        return dtype
 
     def _stored(self, name: str) -> Tensor:
         file, key = self._places[name]
@@ -86,6 +94,10 @@ class WeightFiles:
         parts = [part for part in self._places if part.startswith(f"{name}.")]
         stored = {part.removeprefix(f"{name}."): self._stored(part) for part in parts}
         return QuantState.from_dict(stored, device=torch.device("cpu"))
+
+
+def _is_weight(name: str) -> bool:
+    return not any(part in name for part in _QUANTIZATION_PARTS)
 
 
 def round_to_4bit(weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Merged checkpoints: the logits are those of the adapter on its base, the files those of the base's layout."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,18 @@ def test_other_types_are_the_float32_merge_rounded_once(plain: tuple[Path, Path]
     load_model(base, dtype="bfloat16").save_pretrained(tmp_path / "half")
     half = merge_adapter(adapter, tmp_path / "from-half", base=tmp_path / "half")
     assert half.dtype == torch.bfloat16  # the base's own
+
+
+def test_the_type_is_that_of_most_weights(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not of the first in the file, to which all others would be rounded."""
+    base, adapter = plain
+    for majority, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        mixed = shutil.copytree(base, tmp_path / f"base-{majority}")
+        tensors = load_file(base / "model.safetensors")
+        first = min(tensors)
+        converted = {name: tensor.to(other if name == first else majority) for name, tensor in tensors.items()}
+        save_file(converted, mixed / "model.safetensors", {"format": "pt"})
+        assert merge_adapter(adapter, tmp_path / f"merged-{majority}", base=mixed).dtype == majority
 
 
 def test_files_are_cut_at_max_shard_size(plain: tuple[Path, Path], tmp_path: Path) -> None:
