@@ -43,9 +43,25 @@ def _hints(arguments: MergeArguments) -> list[str]:
     """What the recipe of the adapter says that the merge did not take into account."""
     file = Path(str(arguments.adapter)) / "recipe.yaml"
     settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if not settings or not settings.get("load_in_4bit") or arguments.base_quantization:
-        return []
-    return [
-        "Note: the adapter was trained on weights in 4 bits and is merged into those of the files. For the very model "
-        "of the training add --base_quantization 4bit."
-    ]
+    settings = settings or {}
+    is_4bit, rounds = bool(settings.get("load_in_4bit")), arguments.base_quantization is not None
+    kind, is_nested = settings.get("bnb_4bit_quant_type", "nf4"), bool(settings.get("use_bnb_nested_quant"))
+    if is_4bit and (kind, is_nested) != ("nf4", True):
+        doubly = "with" if is_nested else "without"
+        return [
+            f"Note: the adapter was trained on weights in {kind.upper()} {doubly} double quantisation. The merge is "
+            + (
+                "into NF4 with it"
+                if rounds
+                else "into those of the files (--base_quantization 4bit: into NF4 with it)"
+            )
+            + ", which is close to the model of the training and not equal."
+        ]
+    if is_4bit and not rounds:
+        return [
+            "Note: the adapter was trained on weights in 4 bits and is merged into those of the files. For the very "
+            "model of the training add --base_quantization 4bit."
+        ]
+    if file.is_file() and rounds and not is_4bit:
+        return [f"Note: {file} has no load_in_4bit: the adapter was trained on weights that were not rounded."]
+    return []

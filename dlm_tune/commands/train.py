@@ -261,11 +261,12 @@ def _print_summary(
     # the default canvas leaves no room for a prompt in a small model
     positions = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "max_position_embeddings", None)
     canvas = positions // 64 * 32 if positions and 64 <= positions <= 192 else None
+    bits = next((f" --{name} true" for name in ("load_in_4bit", "load_in_8bit") if getattr(model_arguments, name)), "")
     data = "" if after is not None else " --eval_dataset_name FILE"
     say(
         "",
         f"The {kind} lies in {folder}, with its tokenizer and recipe.yaml. Next:",
-        f"  dlm-tune generate --model_name_or_path {folder} --prompt 'TEXT'"
+        f"  dlm-tune generate --model_name_or_path {folder}{bits} --prompt 'TEXT'"
         + (f" --max_new_tokens {canvas}" if canvas else ""),
         f"  dlm-tune eval --config {folder}/recipe.yaml --model_name_or_path {folder}{data}",
     )

@@ -24,7 +24,7 @@ from dlm_tune.models.checkpoint_files import (
 from dlm_tune.models.families import ModelFamily, end_of_turn_ids
 from dlm_tune.models.loading import check_loading_report, load_config, read_config
 from dlm_tune.models.merged_files import LICENCE_FILES, copy_files
-from dlm_tune.models.output_directory import new_directory
+from dlm_tune.models.output_directory import check_shard_size, new_directory
 from dlm_tune.models.tokenizer import check_mask_token_alone, load_tokenizer, read_tokenizer
 
 DEFAULT_MASK_TOKEN = "<|mask|>"
@@ -103,6 +103,7 @@ def convert_checkpoint(
             model already, a mask token in use, an unknown token, an output directory that is not empty.
         OSError: the disk is full, or another fault of writing.
     """
+    check_shard_size(max_shard_size)
     source = checkpoint_directory(path_or_repo, revision, with_weights=False)
     config, family = _causal_config(source)
     tokenizer = read_tokenizer(source)

@@ -1,6 +1,5 @@
 """A PEFT adapter is merged into its base model, weight by weight: an 8B model needs the memory of one file of it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from dlm_tune.models.llada import to_original_name
 from dlm_tune.models.loading import load_config
 from dlm_tune.models.merged_files import write_small_files
 from dlm_tune.models.merged_weights import StreamedWeights, WholeModelWeights, can_stream
-from dlm_tune.models.output_directory import new_directory
+from dlm_tune.models.output_directory import check_shard_size, new_directory
 from dlm_tune.models.weight_files import write_shards
 
 LAYOUTS = ("original", "hf")
@@ -122,8 +121,7 @@ def merge_adapter(
 def _check_choices(
     dtype: torch.dtype | str | None, layout: str, base_quantization: str | None, max_shard_size: str
 ) -> torch.dtype | None:
-    if not re.fullmatch(r"[1-9]\d*[KMGT]B", str(max_shard_size)):
-        raise ValueError(f"max_shard_size={max_shard_size!r} is no size; use a number and its unit, such as 5GB")
+    check_shard_size(max_shard_size)
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; use {' or '.join(map(repr, LAYOUTS))}")
     if base_quantization not in (None, "4bit"):

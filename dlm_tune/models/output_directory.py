@@ -1,6 +1,7 @@
 """A directory that appears complete or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def new_directory(
     target = Path(output_dir).expanduser().resolve()
     _check_target(target, overwrite, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial")  # one name: what a killed process left is removed
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -40,6 +41,12 @@ def new_directory(
         raise OSError(f"writing {target} failed: {error}. Nothing was changed there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_shard_size(max_shard_size: str) -> None:
+    """Raise ValueError unless this is a size as transformers reads it."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", str(max_shard_size)):
+        raise ValueError(f"max_shard_size={max_shard_size!r} is no size; use a number and its unit, such as 5GB")
 
 
 def _check_target(target: Path, overwrite: bool, sources: Iterable[str | Path]) -> None:

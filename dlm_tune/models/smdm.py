@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dlm_tune.models.checkpoint_files import checkpoint_directory
 from dlm_tune.models.convert import DEFAULT_MASK_TOKEN, ConvertedCheckpoint, write_record, write_tokenizer
 from dlm_tune.models.loading import load_config
-from dlm_tune.models.output_directory import new_directory
+from dlm_tune.models.output_directory import check_shard_size, new_directory
 from dlm_tune.models.tokenizer import read_tokenizer
 
 # Layers, heads, width and MLP width of `Diff_LLaMA_...M` in the authors' lit_gpt/config.py; there, each head has its
@@ -120,6 +120,7 @@ def convert_smdm(
             another one's, or the output directory is not empty.
         OSError: the disk is full, or another fault of writing.
     """
+    check_shard_size(max_shard_size)
     weights_file = Path(weights_file).expanduser()
     words = _tokenizer_with_mask(checkpoint_directory(tokenizer, with_weights=False))
     with new_directory(output_dir, overwrite=overwrite, sources=[weights_file]) as folder:

@@ -72,7 +72,7 @@ def first_run(workspace):
     ],
     ids=["dora", "rslora", "one layer", "modules_to_save", "4 bits"],
 )
-def test_adapters_of_a_recipe_train_and_reload(workspace, tmp_path, monkeypatch, settings, expected):
+def test_adapters_of_a_recipe_train_and_reload(workspace, tmp_path, monkeypatch, capsys, settings, expected):
     """The logits of the folder are those of the model in the trainer's memory."""
     from dlm_tune.commands import train as command
 
@@ -80,6 +80,8 @@ def test_adapters_of_a_recipe_train_and_reload(workspace, tmp_path, monkeypatch,
     build = command.build_trainer
     monkeypatch.setattr(command, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
     run_sft(write_recipe(workspace, tmp_path, **ADAPTER, **settings))
+    bits = " --load_in_4bit true" if "load_in_4bit" in settings else ""
+    assert f"--model_name_or_path {tmp_path / 'run'}{bits} --prompt" in capsys.readouterr().out
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert {name: config[name] for name in expected} == expected
     assert config["auto_mapping"]["dlm_tune"]["num_hidden_layers"] == 1

@@ -30,12 +30,20 @@ def test_command_merges_and_says_what_it_wrote(adapter, tmp_path, capsys):
 
 
 def test_command_tells_of_the_other_merge_of_qlora(adapter, tmp_path, capsys):
-    (adapter / "recipe.yaml").write_text("load_in_4bit: true\n")
+    (adapter / "recipe.yaml").write_text("load_in_4bit: true\nuse_bnb_nested_quant: true\n")
     flags = ["merge", "--adapter", str(adapter)]
     assert main([*flags, "--output_dir", str(tmp_path / "plain")]) == 0
     assert "add --base_quantization 4bit" in capsys.readouterr().out
     assert main([*flags, "--output_dir", str(tmp_path / "rounded"), "--base_quantization", "4bit"]) == 0
     assert "add --base_quantization" not in capsys.readouterr().out
+    for recipe, flag, words in (
+        ("load_in_4bit: true", [], "in NF4 without double quantisation. The merge is into those of the files"),
+        ("load_in_4bit: true", ["--base_quantization", "4bit"], "The merge is into NF4 with it, which is close"),
+        ("max_steps: 3", ["--base_quantization", "4bit"], "trained on weights that were not rounded"),
+    ):
+        (adapter / "recipe.yaml").write_text(recipe)
+        assert main([*flags, "--output_dir", str(tmp_path / "plain again"), "--overwrite", *flag]) == 0
+        assert words in capsys.readouterr().out
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "rounded")]
     assert weights[0] != weights[1]
 

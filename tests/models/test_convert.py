@@ -360,10 +360,17 @@ def test_existing_output_is_kept_unless_it_is_to_be_replaced(causal, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         convert_checkpoint(causal, tmp_path / "file", overwrite=True)
+    with pytest.raises(ValueError, match="max_shard_size='5' is no size"):
+        convert_checkpoint(causal, tmp_path / "new", max_shard_size="5")
+    killed = tmp_path / ".new.partial"  # as a killed conversion leaves it
+    killed.mkdir()
+    (killed / "model.safetensors").write_text("half of it")
+    convert_checkpoint(causal, tmp_path / "new")
+    assert not killed.exists()
     (tmp_path / "link").symlink_to(out)
     convert_checkpoint(causal, tmp_path / "link", overwrite=True, logits_shift=False)
     assert config_json(out)["logits_shift"] is False
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "out", "papers"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "new", "out", "papers"]
 
 
 def test_faults_while_writing_leave_the_old_checkpoint(causal, tmp_path):
