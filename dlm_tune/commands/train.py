@@ -65,9 +65,10 @@ def run_training(verb: str, recipe: Recipe) -> None:
     after = trainer.evaluate() if trainer.eval_dataset is not None else None
     if trainer.is_world_process_zero():
         _write_results(trainer, verb, recipe, before, after)
-        if config.push_to_hub:
-            trainer.push_saved()
+        report = trainer.push_saved() if config.push_to_hub else None
         _print_summary(trainer, before, after, model_arguments)
+        if report is not None:
+            say(f"Pushed to {report.url}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

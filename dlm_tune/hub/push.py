@@ -21,6 +21,8 @@ from dlm_tune.hub.card import metadata_of
 from dlm_tune.hub.contents import Contents, collect, is_published
 from dlm_tune.hub.privacy import is_hub_name, known_secrets, redact
 
+_REMEDY = "--revision, or push over it with --overwrite (earlier commits stay in its history)"
+_REMEDY_OF_A_RUN = "--hub_revision, or go on with the run that made it: --resume_from_checkpoint last"
 _FIRST_FILES = (".gitattributes",)  # what the Hub itself puts into a new repository
 
 
@@ -121,7 +123,7 @@ def claim_repository(repo_id: str, *, token: str | None, revision: str | None, p
     _check_name(repo_id)
     api, say = _connect(repo_id, token)
     repo_id = _full_name(api, say, repo_id)
-    _check_repository(api, say, repo_id, revision, private=private, overwrite=overwrite)
+    _check_repository(api, say, repo_id, revision, private=private, overwrite=overwrite, remedy=_REMEDY_OF_A_RUN)
     say(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     return repo_id
 
@@ -150,7 +152,14 @@ def _check_name(repo_id: str) -> None:
 
 
 def _check_repository(
-    api: HfApi, say: "_Explained", repo_id: str, revision: str | None, *, private: bool, overwrite: bool
+    api: HfApi,
+    say: "_Explained",
+    repo_id: str,
+    revision: str | None,
+    *,
+    private: bool,
+    overwrite: bool,
+    remedy: str = _REMEDY,
 ) -> list[str]:
     try:
         info = say(lambda: api.model_info(repo_id), passes=RepositoryNotFoundError)
@@ -169,8 +178,8 @@ def _check_repository(
     if files and not overwrite:
         shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if files[5:] else "")
         raise ValueError(
-            f"{repo_id}{f' at {revision}' if revision else ''} exists and holds {shown}. Choose another name or "
-            "--revision, or push over it with --overwrite (earlier commits stay in its history)"
+            f"{repo_id}{f' at {revision}' if revision else ''} exists and holds {shown}. Choose another name "
+            f"or {remedy}"
         )
     return files
 
