@@ -25,7 +25,10 @@ def run_report(arguments: list[str]) -> None:
     runs = read_runs(folders)
     panels = make_panels(runs)
     if not panels:
-        raise ValueError(f"{', '.join(map(str, folders))}: the log has none of the quantities of a dlm-tune run.")
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: the log has none of the quantities of a dlm-tune run. A run of fewer "
+            "steps than logging_steps logs nothing: give it a smaller one."
+        )
     from dlm_tune.commands.report_figures import panels_png
     from dlm_tune.commands.report_page import render_page
 

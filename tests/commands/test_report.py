@@ -448,7 +448,10 @@ def test_a_finished_run_wins_over_its_checkpoints_whatever_the_times(tmp_path):
         ({"trainer_state.json": '{"log_history": []}'}, ["the log is empty", "logging_steps"]),
         ({"trainer_state.json": '{"log_history": [{"step": 1, "loss": NaN}]}'}, ["holds no finite number"]),
         ({"trainer_state.json": '{"log_history": [{"step": NaN, "loss": 1}]}'}, ["holds no finite number"]),
-        ({"trainer_state.json": '{"log_history": [{"step": 1, "x": 1}]}'}, ["none of the quantities"]),
+        (
+            {"trainer_state.json": '{"log_history": [{"step": 1, "x": 1}]}'},
+            ["none of the quantities", "fewer steps than logging_steps"],
+        ),
         ({"recipe.yaml": "a: [1"}, ["recipe.yaml is not YAML"]),
         ({"recipe.yaml": "- 1"}, ["recipe.yaml is not a recipe"]),
         ({"results.json": "nonsense"}, ["results.json is not whole JSON"]),
