@@ -25,6 +25,7 @@ from dlm_tune.models import load_tokenizer
 from dlm_tune.recipe import Recipe, RecipeError
 from dlm_tune.trainers import DiffusionConfig, DiffusionTrainer
 from dlm_tune.trainers.checks import check_arguments, check_prompts
+from dlm_tune.trainers.saving import INCOMPLETE_FOLDER
 from dlm_tune.trainers.unpaired import set_guidance_keep_tokens
 
 # What tells a checkpoint-* folder of a run, whole or not, from a folder of another program
@@ -176,7 +177,7 @@ def prepare_output_dir(config: DiffusionConfig, overwrite: bool, is_adapter: boo
         return None
     if not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file. Choose another folder.")
-    if any(folder.iterdir()) and not overwrite:
+    if any(entry.name != INCOMPLETE_FOLDER for entry in folder.iterdir()) and not overwrite:
         raise ValueError(
             f"output_dir={folder} exists and is not empty. Choose another --output_dir, go on with "
             "--resume_from_checkpoint last, or add --overwrite_output_dir."

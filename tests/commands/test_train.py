@@ -7,6 +7,7 @@ import pytest
 from dlm_tune.cli import main
 from dlm_tune.commands.train import prepare_output_dir
 from dlm_tune.trainers import DiffusionConfig
+from dlm_tune.trainers.saving import INCOMPLETE_FOLDER
 from tests.commands.test_inspect_batch import workspace
 
 
@@ -52,6 +53,14 @@ def test_weights_without_the_optimisers_state_are_nothing_to_go_on_from(tmp_path
     write_checkpoint(tmp_path / "run", "trainer_state.json")  # a finished run, or a checkpoint of save_only_model
     with pytest.raises(ValueError, match="has no state of the optimiser"):
         prepare(tmp_path, resume=str(tmp_path / "run"))
+
+
+def test_what_a_run_killed_in_its_first_write_left_is_no_obstacle(tmp_path):
+    write_checkpoint(tmp_path / INCOMPLETE_FOLDER / "checkpoint-5", "model.safetensors")
+    assert prepare(tmp_path) is None
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        prepare(tmp_path)
 
 
 @pytest.mark.parametrize(("is_adapter", "other"), [(True, "config.json"), (False, "adapter_config.json")])
